@@ -1,0 +1,57 @@
+"""One request inside the engine: its tokens, its KV blocks, where it stands. Knows no tensors and no sockets."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from engine.protocol import FinishReason, Generate, TokenLogprobs
+
+
+class SequenceState(Enum):
+    """WAITING_ADAPTER -> WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING by preemption; any -> FINISHED by abort."""
+
+    WAITING_ADAPTER = auto()
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens are `token_ids`; the KV of the first `num_computed` of them is in the blocks of `block_table`."""
+
+    key: int
+    """Unique in the engine (request ids are only unique in one connection)."""
+    request: Generate
+    arrival_s: float
+    connection: int = 0
+    """Which gateway connection gets the output."""
+    token_ids: list[int] = field(default_factory=list)
+    num_prompt_tokens: int = 0
+    num_computed: int = 0
+    num_cached: int = 0
+    """Prompt tokens found in the prefix cache when the sequence was first admitted."""
+    block_table: list[int] = field(default_factory=list)
+    adapter_digest: str | None = None
+    """Identity of the adapter's content; None for the base model. Part of every prefix-cache key."""
+    slot: int | None = None
+    """The adapter's device slot while resident; None for the base model."""
+    seed: int = 0
+    """The request's seed, or one the engine drew."""
+    state: SequenceState = SequenceState.WAITING
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """Filled while the prompt is computed, when asked for."""
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            self.token_ids = list(self.request.prompt)
+            self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose KV is not in the cache yet: the rest of the prompt, or the one last sampled."""
+        return len(self.token_ids) - self.num_computed

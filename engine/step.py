@@ -1,0 +1,78 @@
+"""What one engine step computes and what comes out: the contract between scheduler, runner and loop.
+
+A `StepPlan` is decided by the scheduler, executed by a runner, and its `StepResult` applied by the loop. A
+runner only reads the sequences; it never changes them.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine.protocol import TokenLogprobs
+from engine.sequence import Sequence
+
+
+@dataclass(slots=True, frozen=True)
+class Chunk:
+    """`num_tokens` tokens of one sequence, from position `start`; blocks for all of them are in its table."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the sequence's last token, so that a next token is sampled."""
+        return self.start + self.num_tokens == len(self.sequence.token_ids)
+
+
+@dataclass(slots=True, frozen=True)
+class StepPlan:
+    """Chunks in the order of the batch: decodes (one token) first, then prefill chunks."""
+
+    chunks: list[Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(slots=True, frozen=True)
+class ChunkResult:
+    """`token_id` is None for a chunk that does not sample."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """For positions start .. start+num_tokens-1 of the prompt: logprob of the token at that position, given
+    those before it (None for position 0). Only when the request asks for them."""
+
+
+@dataclass(slots=True, frozen=True)
+class StepResult:
+    """One result per chunk, in the plan's order."""
+
+    results: SequenceOf[ChunkResult]
+
+
+class Runner(Protocol):
+    """Executes plans. `ModelRunner` does it with torch; `FakeRunner` speaks the same interface without a model."""
+
+    num_blocks: int
+    block_size: int
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute one step. Called from the loop's thread only."""
+        ...
+
+    def prepare_adapter(self, adapter: Any) -> Any:
+        """Host form -> device form of an adapter (slow part; called from a loader thread)."""
+        ...
+
+    def install_adapter(self, slot: int, prepared: Any) -> None:
+        """Make a prepared adapter usable in `slot` (fast; called from the loop's thread between steps)."""
+        ...
+
+    def remove_adapter(self, slot: int) -> None:
+        """Forget the adapter in `slot` (called from the loop's thread between steps)."""
+        ...
