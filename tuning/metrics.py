@@ -1,4 +1,4 @@
-"""Scores an answer against what a row accepts, the same way for base and fine-tuned. Knows tasks and rows, no model."""
+"""Scores an answer against what a row accepts, whoever gave it. Knows tasks and rows, no model."""
 
 import json
 import re
@@ -22,7 +22,7 @@ METRIC_NAMES: dict[Metric, str] = {
 
 
 def mean_score(task: Task, rows: Sequence[Row], answers: Sequence[str]) -> float:
-    """Mean of `score` over rows and their answers, in [0, 1]. Raises ValueError when they differ in length or are none."""
+    """Mean of `score` over rows and answers, in [0, 1]. Raises ValueError for none or unequal counts."""
     if not rows:
         raise ValueError("no rows to score")
     return sum(score(task, row, answer) for row, answer in zip(rows, answers, strict=True)) / len(rows)
@@ -132,7 +132,7 @@ def _entities(value: object) -> Counter[tuple[str, str]]:
 
 
 class _CodeTokenizer(tokenizers.Tokenizer):
-    """Words and single punctuation marks, so that flags and pipes count, unlike in rouge-score's own tokeniser."""
+    """Words and single punctuation marks, so that flags and pipes count; rouge-score's own drops them."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"\w+|[^\w\s]", text)

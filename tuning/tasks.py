@@ -1,4 +1,4 @@
-"""The tasks: what each asks of a model, how its rows become chat messages, how it is scored. Knows no model and no server."""
+"""The tasks: what each asks, how rows become messages, how answers are scored. Knows no model, no server."""
 
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """A task and its prompt. `instruction` is the system message, `template` makes the user message of a row's fields."""
+    """A task and its prompt: `instruction` is the system message, `template` the user message of a row."""
 
     name: str
     stands_for: str
@@ -47,7 +47,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_rows(directory: Path, task: str, split: Literal["train", "test"]) -> list[Row]:
-    """Rows of `<task>.<split>.jsonl`. Raises FileNotFoundError, or ValueError naming the line that is malformed."""
+    """Rows of `<task>.<split>.jsonl`. Raises FileNotFoundError, or ValueError naming the malformed line."""
     path = directory / f"{task}.{split}.jsonl"
     rows: list[Row] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -66,20 +66,22 @@ def _one_of(question: str, labels: tuple[str, ...]) -> str:
 
 _BITEXT = (
     "cancel_order", "change_order", "change_shipping_address", "check_cancellation_fee", "check_invoice",
-    "check_payment_methods", "check_refund_policy", "complaint", "contact_customer_service", "contact_human_agent",
-    "create_account", "delete_account", "delivery_options", "delivery_period", "edit_account", "get_invoice",
-    "get_refund", "newsletter_subscription", "payment_issue", "place_order", "recover_password",
-    "registration_problems", "review", "set_up_shipping_address", "switch_account", "track_order", "track_refund",
+    "check_payment_methods", "check_refund_policy", "complaint", "contact_customer_service",
+    "contact_human_agent", "create_account", "delete_account", "delivery_options", "delivery_period",
+    "edit_account", "get_invoice", "get_refund", "newsletter_subscription", "payment_issue", "place_order",
+    "recover_password", "registration_problems", "review", "set_up_shipping_address", "switch_account",
+    "track_order", "track_refund",
 )  # fmt: skip
 _CLINC_DOMAINS = (
-    "auto_and_commute", "banking", "credit_cards", "home", "kitchen_and_dining", "meta", "small_talk", "travel",
-    "utility", "work",
+    "auto_and_commute", "banking", "credit_cards", "home", "kitchen_and_dining", "meta", "small_talk",
+    "travel", "utility", "work",
 )  # fmt: skip
 _CUAD = (
-    "Anti-Assignment", "Audit Rights", "Cap on Liability", "Change of Control", "Exclusivity", "Expiration Date",
-    "Governing Law", "IP Ownership Assignment", "Insurance", "License Grant", "Minimum Commitment", "Non-Compete",
-    "Non-Transferable License", "Post-Termination Services", "Renewal Term", "Revenue/Profit Sharing",
-    "Rofr/Rofo/Rofn", "Termination for Convenience", "Volume Restriction", "Warranty Duration",
+    "Anti-Assignment", "Audit Rights", "Cap on Liability", "Change of Control", "Exclusivity",
+    "Expiration Date", "Governing Law", "IP Ownership Assignment", "Insurance", "License Grant",
+    "Minimum Commitment", "Non-Compete", "Non-Transferable License", "Post-Termination Services",
+    "Renewal Term", "Revenue/Profit Sharing", "Rofr/Rofo/Rofn", "Termination for Convenience",
+    "Volume Restriction", "Warranty Duration",
 )  # fmt: skip
 _DBPEDIA = (
     "Album", "Animal", "Artist", "Athlete", "Building", "Company", "EducationalInstitution", "Film",
@@ -125,7 +127,9 @@ _ALL = (
         licence="CC BY 3.0",
         metric="label",
         max_new_tokens=12,
-        instruction="Name the intent of this message to an assistant in snake_case, for example restaurant_suggestion.",
+        instruction=(
+            "Name the intent of this request to an assistant in snake_case, for example find_restaurant."
+        ),
     ),
     Task(
         name="clinc150_domain",
@@ -194,7 +198,10 @@ _ALL = (
         licence="CC BY 4.0",
         metric="entity_f1",
         max_new_tokens=80,
-        instruction='List the chemicals and diseases named in the sentence as JSON: {"Chemical": [...], "Disease": [...]}.',
+        instruction=(
+            "List the chemicals and diseases named in the sentence as JSON: "
+            '{"Chemical": [...], "Disease": [...]}.'
+        ),
     ),
     Task(
         name="scitldr_summary",
@@ -275,7 +282,8 @@ _ALL = (
         metric="json",
         max_new_tokens=90,
         instruction=(
-            'Give the intent and slots of the request as JSON: {"intent": "...", "slots": {"name": "value"}}. '
+            "Give the intent and slots of the request as JSON: "
+            '{"intent": "...", "slots": {"name": "value"}}. '
             "Intents: AddToPlaylist, BookRestaurant, GetWeather, PlayMusic, RateBook, SearchCreativeWork, "
             "SearchScreeningEvent."
         ),

@@ -8,7 +8,16 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tuning.finetune import Example, Recipe, batches, learning_rate_factor, save_adapter, shared_prefix, target_loss, train
+from tuning.finetune import (
+    Example,
+    Recipe,
+    batches,
+    learning_rate_factor,
+    save_adapter,
+    shared_prefix,
+    target_loss,
+    train,
+)
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -26,6 +35,9 @@ def tiny_llama() -> LlamaForCausalLM:
     ).eval()
 
 
+# Said by transformers of a call inside peft.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 PREFIX = [1, 5, 6, 7]
 EXAMPLES = [
     Example([*PREFIX, 10, 11], [20, 2]),
@@ -36,7 +48,7 @@ EXAMPLES = [
 
 
 def adapter_gradients(prefix_length: int) -> tuple[float, list[torch.Tensor]]:
-    model, _ = train(tiny_llama(), EXAMPLES, Recipe(steps=2, batch=2, learning_rate=0.05))
+    model, _ = train(tiny_llama(), EXAMPLES, Recipe(steps=2, batch=2, learning_rate=0.05), lambda line: None)
     model.zero_grad()
     loss = target_loss(model, EXAMPLES, prefix_length)
     loss.backward()
@@ -53,7 +65,7 @@ def test_running_the_shared_start_once_changes_neither_loss_nor_gradients() -> N
 
 
 def test_loss_counts_target_tokens_only() -> None:
-    model, _ = train(tiny_llama(), EXAMPLES, Recipe(steps=1, batch=2))
+    model, _ = train(tiny_llama(), EXAMPLES, Recipe(steps=1, batch=2), lambda line: None)
     example = EXAMPLES[2]
     ids = torch.tensor([example.prompt_ids + example.target_ids])
     with torch.no_grad():
@@ -65,7 +77,9 @@ def test_loss_counts_target_tokens_only() -> None:
 
 
 def test_a_few_steps_lower_the_loss_and_the_saved_adapter_reloads_with_peft(tmp_path: Path) -> None:
-    model, losses = train(tiny_llama(), EXAMPLES, Recipe(steps=12, batch=4, learning_rate=0.05))
+    model, losses = train(
+        tiny_llama(), EXAMPLES, Recipe(steps=12, batch=4, learning_rate=0.05), lambda line: None
+    )
     assert losses[-1] < losses[0]
     save_adapter(model, tmp_path)
     reloaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
