@@ -44,8 +44,9 @@ class ChunkResult:
     token_id: int | None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """For positions start .. start+num_tokens-1 of the prompt: logprob of the token at that position, given
-    those before it (None for position 0). Only when the request asks for them."""
+    """The next entries of the prompt's list, to be appended: the chunk's rows give positions start+1 ..
+    start+num_tokens (as far as the prompt goes), and a chunk that starts at 0 puts None for position 0 first.
+    Only when the request asks for them."""
 
 
 @dataclass(slots=True, frozen=True)

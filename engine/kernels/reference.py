@@ -1,0 +1,129 @@
+"""What every kernel means, in plain torch: the oracle of the others, and the path where no compiler is found.
+
+Shape suffixes: T rows (tokens) of the step, S sequences, H hidden, N outputs, D head size, P position.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.batch import Batch
+
+BLOCK = 16
+"""Tokens of a KV block. The native kernels hold one block's keys in one vector."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A weight as its kernel wants it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    num_outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """One fused projection's adapters: what `lora` adds to which slice of its output.
+
+    Tables are [slots, slices], int64 on the CPU: address of A [rank, in], of B transposed and scaled
+    [rank, size], both in the model's dtype and contiguous; `ranks` int32, 0 where the slot adapts nothing.
+    """
+
+    offsets: Tensor
+    sizes: Tensor
+    a_table: Tensor
+    b_table: Tensor
+    ranks: Tensor
+    weights: list[list[tuple[Tensor, Tensor] | None]]
+    """The same per slot and slice; keeps the tensors alive."""
+
+
+class ReferenceKernels:
+    """Torch operators only."""
+
+    name = "torch"
+
+    def pack_linear(self, weight_NH: Tensor, bias_N: Tensor | None) -> Linear:
+        return Linear(weight_NH, bias_N, weight_NH.shape[0])
+
+    def linear(self, x_TH: Tensor, linear: Linear) -> Tensor:
+        """[T, H] -> [T, N], in the dtype of x."""
+        return F.linear(x_TH, linear.weight, linear.bias)
+
+    def logits(self, x_TH: Tensor, linear: Linear) -> Tensor:
+        """As `linear`, but float32 out."""
+        return F.linear(x_TH, linear.weight, linear.bias).float()
+
+    def embed(self, token_ids_T: Tensor, linear: Linear) -> Tensor:
+        """Rows of the (tied) embedding matrix as float32 [T, H]: the start of the residual stream."""
+        return linear.weight[token_ids_T].float()
+
+    def add_rms_norm(self, residual_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float, out: Tensor) -> Tensor:
+        """residual (float32, in place) += delta; out = residual / rms(residual) * weight."""
+        if delta_TH is not None:
+            residual_TH += delta_TH
+        scale_T1 = torch.rsqrt(residual_TH.square().mean(-1, keepdim=True) + eps)
+        out.copy_(residual_TH * scale_T1 * weight_H)
+        return out
+
+    def silu_mul(self, gate_up_TN: Tensor) -> Tensor:
+        """[T, 2N] -> silu(first half) * second half, [T, N]."""
+        gate, up = gate_up_TN.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(gate_up_TN.dtype)
+
+    def rope_store(
+        self, qkv_TN: Tensor, batch: Batch, cosine_PD: Tensor, sine_PD: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int
+    ) -> None:
+        """Rotate q and k in place (rotate-half; tables [P, D/2]) and write k and v into their pages.
+
+        Pages: k_cache [blocks, kv heads, D, BLOCK] (keys as columns), v_cache [blocks, kv heads, BLOCK, D].
+        """
+        kv_heads, dim = k_cache.shape[1], k_cache.shape[2]
+        x = qkv_TN.view(qkv_TN.shape[0], heads + 2 * kv_heads, dim)
+        rotated = x[:, : heads + kv_heads].float()
+        cosine, sine = cosine_PD[batch.positions][:, None], sine_PD[batch.positions][:, None]
+        first, second = rotated.chunk(2, dim=-1)
+        x[:, : heads + kv_heads] = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1).to(x.dtype)
+        block, offset = batch.kv_slots.long() // BLOCK, batch.kv_slots.long() % BLOCK
+        k_cache[block, :, :, offset] = x[:, heads : heads + kv_heads]
+        v_cache[block, :, offset] = x[:, heads + kv_heads :]
+
+    def attention(
+        self, qkv_TN: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor, heads: int, window: int | None
+    ) -> Tensor:
+        """Causal attention of every row over its sequence's pages; a window counts the position itself. [T, heads*D]."""
+        kv_heads, dim = k_cache.shape[1], k_cache.shape[2]
+        q = qkv_TN.view(qkv_TN.shape[0], heads + 2 * kv_heads, dim)[:, :heads]
+        out = torch.empty(q.shape[0], heads * dim, dtype=qkv_TN.dtype)
+        starts = batch.query_start.tolist()
+        for s, context in enumerate(batch.context.tolist()):
+            rows = slice(starts[s], starts[s + 1])
+            table = batch.tables[s, : -(-context // BLOCK)].long()
+            k = k_cache[table].permute(1, 0, 3, 2).reshape(kv_heads, -1, dim)[:, :context]
+            v = v_cache[table].transpose(0, 1).reshape(kv_heads, -1, dim)[:, :context]
+            seen = torch.arange(context)[None] <= batch.positions[rows, None]
+            if window is not None:
+                seen &= torch.arange(context)[None] > batch.positions[rows, None] - window
+            repeat = heads // kv_heads
+            attended = F.scaled_dot_product_attention(
+                q[rows].transpose(0, 1), k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0), attn_mask=seen
+            )
+            out[rows] = attended.transpose(0, 1).reshape(-1, heads * dim)
+        return out
+
+    def lora(self, x_TH: Tensor, y_TN: Tensor, batch: Batch, group: LoraGroup) -> None:
+        """y[row, slice] += B(A x[row]) for the adapter slot of every row's segment, in place."""
+        for slot, start, end in zip(
+            batch.segment_slot.tolist(), batch.segment_start.tolist(), batch.segment_end.tolist(), strict=True
+        ):
+            for slice_index, pair in enumerate(group.weights[slot]):
+                if pair is None:
+                    continue
+                a, b = pair
+                offset, size = int(group.offsets[slice_index]), int(group.sizes[slice_index])
+                delta = (x_TH[start:end].float() @ a.float().T) @ b.float()
+                y = y_TN[start:end, offset : offset + size]
+                y.copy_((y.float() + delta).to(y.dtype))

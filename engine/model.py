@@ -1,0 +1,137 @@
+"""The decoder: one class for every family, driven by a `ModelSpec`. Knows no requests, only a `Batch`.
+
+Shape suffixes: T rows (tokens of the step), H hidden, N outputs of a projection, P position, D half a head.
+The residual stream is float32 whatever the weights are.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.checkpoint import Checkpoint
+from engine.kernels.reference import BLOCK, Linear, ReferenceKernels
+from engine.lora import GROUPS, LoraSlots
+from engine.spec import ModelSpec
+
+KvCache = list[tuple[Tensor, Tensor]]
+"""Per layer: keys [blocks, kv heads, head, BLOCK] and values [blocks, kv heads, BLOCK, head]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    input_norm: Tensor
+    qkv: Linear
+    o: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """Embedding, layers, head. `forward` writes the step's keys and values into the pages it is given."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        kernels: ReferenceKernels,
+        max_positions: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.spec = checkpoint.spec
+        self.dtype = dtype
+        self.kernels = kernels
+        self._cosine, self._sine = rope_tables(self.spec, max_positions)
+        self._layers: list[Layer] = []
+        for index in range(self.spec.num_layers):
+            self._layers.append(self._load_layer(checkpoint, index))
+            progress(index + 1, self.spec.num_layers)
+        self._norm = checkpoint.tensor("model.norm.weight", torch.float32)
+        self._embedding = kernels.pack_linear(checkpoint.tensor("model.embed_tokens.weight", dtype), None)
+        if self.spec.tie_word_embeddings:
+            self._head = self._embedding
+        else:
+            self._head = kernels.pack_linear(checkpoint.tensor("lm_head.weight", dtype), None)
+
+    def _load_layer(self, checkpoint: Checkpoint, index: int) -> Layer:
+        prefix, spec = f"model.layers.{index}", self.spec
+
+        def fused(group: str, block: str, biased: bool) -> Linear:
+            names = [f"{prefix}.{block}.{member}" for member in GROUPS[group]]
+            weight_NH = torch.cat([checkpoint.tensor(f"{name}.weight", self.dtype) for name in names])
+            bias_N = torch.cat([checkpoint.tensor(f"{name}.bias", self.dtype) for name in names]) if biased else None
+            return self.kernels.pack_linear(weight_NH, bias_N)
+
+        return Layer(
+            input_norm=checkpoint.tensor(f"{prefix}.input_layernorm.weight", torch.float32),
+            qkv=fused("qkv", "self_attn", spec.qkv_bias),
+            o=fused("o", "self_attn", spec.o_bias),
+            post_norm=checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight", torch.float32),
+            gate_up=fused("gate_up", "mlp", spec.mlp_bias),
+            down=fused("down", "mlp", spec.mlp_bias),
+        )
+
+    def new_kv_cache(self, num_blocks: int) -> KvCache:
+        """Pages for every layer; their memory is only touched when written."""
+        spec = self.spec
+        keys = (num_blocks, spec.num_kv_heads, spec.head_dim, BLOCK)
+        values = (num_blocks, spec.num_kv_heads, BLOCK, spec.head_dim)
+        return [
+            (torch.empty(keys, dtype=self.dtype), torch.empty(values, dtype=self.dtype))
+            for _ in range(spec.num_layers)
+        ]
+
+    def forward(self, batch: Batch, kv_cache: KvCache, lora: LoraSlots) -> Tensor:
+        """The normalised hidden state [T, H] of every row, in the model's dtype."""
+        ops, spec = self.kernels, self.spec
+        adapted = lora.active_groups(batch.slots)
+        residual_TH = ops.embed(batch.token_ids, self._embedding)
+        x_TH = torch.empty(residual_TH.shape, dtype=self.dtype)
+        delta_TH: Tensor | None = None
+
+        def project(x: Tensor, linear: Linear, group: str, index: int) -> Tensor:
+            y = ops.linear(x, linear)
+            if group in adapted:
+                ops.lora(x, y, batch, lora.groups[group][index])
+            return y
+
+        for index, layer in enumerate(self._layers):
+            ops.add_rms_norm(residual_TH, delta_TH, layer.input_norm, spec.rms_norm_eps, x_TH)
+            qkv_TN = project(x_TH, layer.qkv, "qkv", index)
+            k_cache, v_cache = kv_cache[index]
+            ops.rope_store(qkv_TN, batch, self._cosine, self._sine, k_cache, v_cache, spec.num_heads)
+            attended_TN = ops.attention(qkv_TN, batch, k_cache, v_cache, spec.num_heads, spec.sliding_window)
+            delta_TH = project(attended_TN, layer.o, "o", index)
+            ops.add_rms_norm(residual_TH, delta_TH, layer.post_norm, spec.rms_norm_eps, x_TH)
+            hidden_TN = ops.silu_mul(project(x_TH, layer.gate_up, "gate_up", index))
+            delta_TH = project(hidden_TN, layer.down, "down", index)
+        return ops.add_rms_norm(residual_TH, delta_TH, self._norm, spec.rms_norm_eps, x_TH)
+
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        """[T, H] -> float32 [T, vocabulary]."""
+        return self.kernels.logits(hidden_TH.contiguous(), self._head)
+
+
+def rope_tables(spec: ModelSpec, max_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [P, D] of the rotary angles (Su et al. 2021), with linear or Llama-3 frequency scaling."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
+    frequencies = 1.0 / spec.rope_theta**exponents
+    scaling = spec.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
+        wavelengths = 2 * math.pi / frequencies
+        low = scaling.original_max_position / scaling.low_freq_factor
+        high = scaling.original_max_position / scaling.high_freq_factor
+        smooth = (scaling.original_max_position / wavelengths - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+        scaled = torch.where(wavelengths > low, frequencies / scaling.factor, frequencies)
+        frequencies = torch.where((wavelengths <= low) & (wavelengths >= high), blended, scaled)
+    angles_PD = torch.outer(torch.arange(max_positions).float(), frequencies)
+    return angles_PD.cos().contiguous(), angles_PD.sin().contiguous()

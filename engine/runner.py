@@ -1,0 +1,109 @@
+"""Executes a `StepPlan` with the model: batch, forward pass, sampling. Never changes a sequence."""
+
+import time
+from collections.abc import Callable
+
+import structlog
+import torch
+
+from engine.adapter import HostAdapter
+from engine.batch import build_batch
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig
+from engine.kernels import select_kernels
+from engine.kernels.reference import BLOCK
+from engine.lora import DeviceAdapter, LoraSlots, prepare_adapter
+from engine.model import Decoder
+from engine.protocol import TokenLogprobs
+from engine.sampler import sample, token_logprobs
+from engine.step import Chunk, ChunkResult, StepPlan, StepResult
+
+log = structlog.get_logger()
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class ModelRunner:
+    """The real runner: weights, pages and adapter slots on the CPU."""
+
+    block_size = BLOCK
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        started = time.monotonic()
+        spec, dtype = checkpoint.spec, DTYPES[config.dtype]
+        kernels = select_kernels(dtype, config.kernels)
+        positions = min(config.max_model_len, spec.max_position_embeddings)
+        self._eos_token_ids = spec.eos_token_ids
+        self._dtype = dtype
+        with torch.inference_mode():
+            self._model = Decoder(checkpoint, dtype, kernels, positions, progress)
+        block_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * BLOCK * dtype.itemsize
+        self.num_blocks = max(1, config.kv_cache_mib * 2**20 // block_bytes)
+        self._kv_cache = self._model.new_kv_cache(self.num_blocks)
+        self._lora = LoraSlots(spec, config.adapter_slots)
+        log.info(
+            "model_loaded",
+            seconds=round(time.monotonic() - started, 2),
+            dtype=config.dtype,
+            kv_blocks=self.num_blocks,
+            kv_tokens=self.num_blocks * BLOCK,
+            threads=torch.get_num_threads(),
+        )
+
+    def prepare_adapter(self, adapter: HostAdapter) -> DeviceAdapter:
+        return prepare_adapter(adapter, self._dtype)
+
+    def install_adapter(self, slot: int, prepared: DeviceAdapter) -> None:
+        self._lora.install(slot, prepared)
+
+    def remove_adapter(self, slot: int) -> None:
+        self._lora.remove(slot)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        batch = build_batch(plan, BLOCK)
+        hidden_TH = self._model.forward(batch, self._kv_cache, self._lora)
+        ends = batch.query_start[1:].tolist()
+        sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
+        tokens: dict[int, int] = {}
+        logprobs: dict[int, TokenLogprobs] = {}
+        if sampling:
+            logits_SV = self._model.logits(hidden_TH[[ends[index] - 1 for index in sampling]])
+            sequences = [plan.chunks[index].sequence for index in sampling]
+            wanted = [sequence.request.sampling.logprobs for sequence in sequences]
+            raw_SV = logits_SV.clone() if any(top is not None for top in wanted) else logits_SV
+            chosen = sample(logits_SV, sequences, self._eos_token_ids)
+            for row, (index, token, top) in enumerate(zip(sampling, chosen, wanted, strict=True)):
+                tokens[index] = token
+                if top is not None:
+                    logprobs[index] = token_logprobs(raw_SV[row], token, top)
+        return StepResult(
+            [
+                ChunkResult(tokens.get(index), logprobs.get(index), self._prompt_logprobs(chunk, hidden_TH, ends[index]))
+                for index, chunk in enumerate(plan.chunks)
+            ]
+        )
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden_TH: torch.Tensor, end: int) -> list[TokenLogprobs | None] | None:
+        """Logprobs of the prompt tokens that this chunk's rows predict, plus None for the very first token.
+
+        A row predicts the token after it, so a chunk yields positions start+1 .. start+num_tokens of the prompt
+        (and 0 when it starts there).
+        """
+        sequence, top = chunk.sequence, chunk.sequence.request.sampling.prompt_logprobs
+        if top is None or chunk.start >= sequence.num_prompt_tokens:
+            return None
+        last = min(chunk.start + chunk.num_tokens, sequence.num_prompt_tokens - 1)
+        found: list[TokenLogprobs | None] = [None] if chunk.start == 0 else []
+        for position in range(chunk.start + 1, last + 1):
+            row = end - chunk.num_tokens + position - 1 - chunk.start
+            logits_V = self._model.logits(hidden_TH[row : row + 1])[0]
+            found.append(token_logprobs(logits_V, sequence.token_ids[position], top))
+        return found

@@ -1,0 +1,149 @@
+"""Every native kernel against its torch twin, on ugly shapes."""
+
+import pytest
+import torch
+
+from engine.batch import Batch
+from engine.kernels import CompileError
+from engine.kernels.native import NativeKernels
+from engine.kernels.reference import BLOCK, LoraGroup, ReferenceKernels
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def native(dtype: torch.dtype) -> NativeKernels:
+    try:
+        return NativeKernels(dtype)
+    except CompileError as error:
+        pytest.skip(f"no native kernels: {error}")
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(found.float(), expected.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def make_batch(lengths: list[tuple[int, int]], blocks: int, segments: list[tuple[int, int, int]] | None = None) -> Batch:
+    """Sequences given as (tokens before this step, tokens of this step), with shuffled pages."""
+    order = torch.randperm(blocks).tolist()
+    positions, slots, starts, tables = [], [], [0], []
+    for before, new in lengths:
+        table = [order.pop() for _ in range(-(-(before + new) // BLOCK))]
+        tables.append(table)
+        for position in range(before, before + new):
+            positions.append(position)
+            slots.append(table[position // BLOCK] * BLOCK + position % BLOCK)
+        starts.append(starts[-1] + new)
+    width = max(map(len, tables))
+    segment_GX = torch.tensor(segments or [], dtype=torch.int32).view(-1, 3)
+    return Batch(
+        token_ids=torch.zeros(len(positions), dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int32),
+        kv_slots=torch.tensor(slots, dtype=torch.int32),
+        query_start=torch.tensor(starts, dtype=torch.int32),
+        context=torch.tensor([before + new for before, new in lengths], dtype=torch.int32),
+        tables=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
+        max_context=max(before + new for before, new in lengths),
+        segment_slot=segment_GX[:, 0].contiguous(),
+        segment_start=segment_GX[:, 1].contiguous(),
+        segment_end=segment_GX[:, 2].contiguous(),
+        slots=frozenset(segment_GX[:, 0].tolist()),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 7), (2, 48, 33), (3, 576, 960), (5, 30, 64), (31, 64, 96)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_and_embedding_of_a_packed_weight(dtype, rows, inputs, outputs, biased):
+    torch.manual_seed(rows)
+    ours, twin = native(dtype), ReferenceKernels()
+    weight, x = torch.randn(outputs, inputs).to(dtype) / inputs**0.5, torch.randn(rows, inputs).to(dtype)
+    bias = torch.randn(outputs).to(dtype) if biased else None
+    packed, plain = ours.pack_linear(weight, bias), twin.pack_linear(weight, bias)
+    close(ours.linear(x, packed), twin.linear(x, plain), dtype)
+    close(ours.logits(x, packed), twin.logits(x, plain), dtype)
+    ids = torch.randint(outputs, (4,))
+    assert torch.equal(ours.embed(ids, packed), twin.embed(ids, plain))
+
+
+def test_a_row_of_a_packed_product_does_not_depend_on_the_batch():
+    ours = native(torch.bfloat16)
+    if not ours.packs:
+        pytest.skip("no AVX512-BF16 on this machine")
+    x, packed = torch.randn(40, 128).bfloat16(), ours.pack_linear(torch.randn(96, 128).bfloat16(), None)
+    whole = ours.linear(x, packed)
+    for rows in (1, 2, 3, 5, 13, 27):
+        assert torch.equal(ours.linear(x[:rows].contiguous(), packed), whole[:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 65), (20, 576)])
+def test_norm_and_activation(dtype, rows, width):
+    ours, twin = native(dtype), ReferenceKernels()
+    residual, delta, weight = torch.randn(rows, width), torch.randn(rows, width).to(dtype), torch.rand(width)
+    for change in (None, delta):
+        mine, his = residual.clone(), residual.clone()
+        found = ours.add_rms_norm(mine, change, weight, 1e-5, torch.empty(rows, width, dtype=dtype))
+        expected = twin.add_rms_norm(his, change, weight, 1e-5, torch.empty(rows, width, dtype=dtype))
+        close(found, expected, dtype)
+        torch.testing.assert_close(mine, his)
+    gate_up = (torch.randn(rows, 2 * width) * 8).to(dtype)
+    close(ours.silu_mul(gate_up), twin.silu_mul(gate_up), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 32), (6, 2, 128), (14, 2, 48), (2, 2, 8)]
+)
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_rope_pages_and_attention_of_a_mixed_batch(dtype, heads, kv_heads, dim, window):
+    torch.manual_seed(heads)
+    ours, twin = native(dtype), ReferenceKernels()
+    lengths = [(0, 1), (37, 1), (15, 1), (0, 29), (16, 17), (50, 3)]
+    batch = make_batch(lengths, 40)
+    angles = torch.rand(128, dim // 2)
+    shape = (40, kv_heads, dim, BLOCK), (40, kv_heads, BLOCK, dim)
+    k, v = torch.randn(shape[0]).to(dtype), torch.randn(shape[1]).to(dtype)
+    qkv = torch.randn(len(batch.positions), (heads + 2 * kv_heads) * dim).to(dtype)
+    results = []
+    for kernels in (ours, twin):
+        mine, k_cache, v_cache = qkv.clone(), k.clone(), v.clone()
+        kernels.rope_store(mine, batch, angles.cos(), angles.sin(), k_cache, v_cache, heads)
+        results.append((k_cache, v_cache, kernels.attention(mine, batch, k_cache, v_cache, heads, window)))
+    for found, expected in zip(*results, strict=True):
+        close(found, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lora_of_mixed_ranks_slices_and_rows_without_adapter(dtype):
+    torch.manual_seed(0)
+    ours, twin = native(dtype), ReferenceKernels()
+    inputs, sizes, ranks = 72, [80, 33], [[1, 8], [64, 0], [0, 3], [5, 256]]
+    weights, tables = [], [torch.zeros(4, 2, dtype=torch.int64) for _ in range(2)]
+    for slot, row in enumerate(ranks):
+        weights.append([])
+        for index, (rank, size) in enumerate(zip(row, sizes, strict=True)):
+            a = (torch.randn(rank, inputs) / 8).to(dtype)
+            b = (torch.randn(rank, size) / 8).to(dtype)
+            weights[-1].append((a, b) if rank else None)
+            tables[0][slot, index], tables[1][slot, index] = a.data_ptr(), b.data_ptr()
+    group = LoraGroup(
+        offsets=torch.tensor([0, 80], dtype=torch.int32),
+        sizes=torch.tensor(sizes, dtype=torch.int32),
+        a_table=tables[0],
+        b_table=tables[1],
+        ranks=torch.tensor(ranks, dtype=torch.int32),
+        weights=weights,
+    )
+    segments = [(0, 1, 2), (3, 2, 9), (1, 9, 50), (2, 52, 55)]
+    batch = make_batch([(0, 56)], 8, segments)
+    x, y = torch.randn(56, inputs).to(dtype), torch.randn(56, sum(sizes)).to(dtype)
+    mine, his = y.clone(), y.clone()
+    ours.lora(x, mine, batch, group)
+    twin.lora(x, his, batch, group)
+    close(mine, his, dtype)
+    untouched = torch.ones(56, dtype=torch.bool)
+    for _, start, end in segments:
+        untouched[start:end] = False
+    assert torch.equal(mine[untouched], y[untouched])
+    assert not torch.equal(mine[~untouched], y[~untouched])
