@@ -109,4 +109,3 @@ class LoraSlots:
 
 
 _PLACE = {module: (group, index) for group, members in GROUPS.items() for index, module in enumerate(members)}
-

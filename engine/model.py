@@ -63,7 +63,11 @@ class Decoder:
         def fused(group: str, block: str, biased: bool) -> Linear:
             names = [f"{prefix}.{block}.{member}" for member in GROUPS[group]]
             weight_NH = torch.cat([checkpoint.tensor(f"{name}.weight", self.dtype) for name in names])
-            bias_N = torch.cat([checkpoint.tensor(f"{name}.bias", self.dtype) for name in names]) if biased else None
+            bias_N = (
+                torch.cat([checkpoint.tensor(f"{name}.bias", self.dtype) for name in names])
+                if biased
+                else None
+            )
             return self.kernels.pack_linear(weight_NH, bias_N)
 
         return Layer(

@@ -86,12 +86,18 @@ class ModelRunner:
                     logprobs[index] = token_logprobs(raw_SV[row], token, top)
         return StepResult(
             [
-                ChunkResult(tokens.get(index), logprobs.get(index), self._prompt_logprobs(chunk, hidden_TH, ends[index]))
+                ChunkResult(
+                    tokens.get(index),
+                    logprobs.get(index),
+                    self._prompt_logprobs(chunk, hidden_TH, ends[index]),
+                )
                 for index, chunk in enumerate(plan.chunks)
             ]
         )
 
-    def _prompt_logprobs(self, chunk: Chunk, hidden_TH: torch.Tensor, end: int) -> list[TokenLogprobs | None] | None:
+    def _prompt_logprobs(
+        self, chunk: Chunk, hidden_TH: torch.Tensor, end: int
+    ) -> list[TokenLogprobs | None] | None:
         """Logprobs of the prompt tokens that this chunk's rows predict, plus None for the very first token.
 
         A row predicts the token after it, so a chunk yields positions start+1 .. start+num_tokens of the prompt

@@ -43,7 +43,9 @@ def adjust(logits_V: Tensor, sequence: Sequence, eos_token_ids: Iterable[int]) -
         penalty = sampling.repetition_penalty
         logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if (sampling.frequency_penalty or sampling.presence_penalty) and sequence.num_generated:
-        generated, counts = torch.tensor(sequence.token_ids[sequence.num_prompt_tokens :]).unique(return_counts=True)
+        generated, counts = torch.tensor(sequence.token_ids[sequence.num_prompt_tokens :]).unique(
+            return_counts=True
+        )
         logits_V[generated] -= sampling.frequency_penalty * counts + sampling.presence_penalty
 
 
@@ -51,7 +53,9 @@ def draw(logits_V: Tensor, sampling: SamplingParams, uniform: float) -> int:
     """Sample by inverting the cumulative distribution at `uniform`, after temperature, min-p, top-k and top-p."""
     probabilities_V = torch.softmax(logits_V / sampling.temperature, -1)
     if sampling.min_p > 0:
-        probabilities_V = torch.where(probabilities_V < sampling.min_p * probabilities_V.max(), 0, probabilities_V)
+        probabilities_V = torch.where(
+            probabilities_V < sampling.min_p * probabilities_V.max(), 0, probabilities_V
+        )
     if sampling.top_k <= 0 and sampling.top_p >= 1:
         return _invert(probabilities_V, uniform)
     size = len(probabilities_V)

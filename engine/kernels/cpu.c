@@ -187,6 +187,10 @@ void gemm_bf16(const bf16 *x, int m, int k, const bf16 *w, int n, const float *b
 #define STORE store_f32
 #define LOAD16 load16_f32
 #define STORE16 store16_f32
+#define LANES v16
+#define LOADLANES load16_f32
+#define MULADD(sum, a, b) ((sum) + (a) * (b))
+#define STEP 1
 #include "ops.c"
 
 #define T bf16
@@ -195,4 +199,15 @@ void gemm_bf16(const bf16 *x, int m, int k, const bf16 *w, int n, const float *b
 #define STORE store_bf16
 #define LOAD16 load16_bf16
 #define STORE16 store16_bf16
+#if defined(__AVX512BF16__)
+#define LANES __m512bh
+#define LOADLANES(p) ((__m512bh)_mm512_loadu_si512(p))
+#define MULADD(sum, a, b) ((v16)_mm512_dpbf16_ps((__m512)(sum), a, b))
+#define STEP 2
+#else
+#define LANES v16
+#define LOADLANES load16_bf16
+#define MULADD(sum, a, b) ((sum) + (a) * (b))
+#define STEP 1
+#endif
 #include "ops.c"

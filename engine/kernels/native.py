@@ -20,7 +20,15 @@ from engine.batch import Batch
 from engine.kernels.reference import Linear, LoraGroup, ReferenceKernels
 
 SOURCES = [Path(__file__).with_name("cpu.c"), Path(__file__).with_name("ops.c")]
-FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-ffp-contract=fast",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+]
 PANEL = 32
 """Outputs of one packed panel of a bfloat16 weight."""
 
@@ -85,13 +93,25 @@ class NativeKernels(ReferenceKernels):
             found.argtypes, found.restype = arguments, None
             return found
 
-        self._gemm = function("gemm_bf16", pointer, integer, integer, pointer, integer, pointer, pointer, integer)
+        self._gemm = function(
+            "gemm_bf16", pointer, integer, integer, pointer, integer, pointer, pointer, integer
+        )
         self._norm = function(f"add_rms_norm_{suffix}", *[pointer] * 4, integer, integer, real)
         self._silu = function(f"silu_mul_{suffix}", pointer, pointer, integer, integer)
         self._rope = function(f"rope_store_{suffix}", *[pointer] * 7, *[integer] * 4)
-        self._attention = function(f"attention_{suffix}", *[pointer] * 7, *[integer] * 5, real, integer, integer)
+        self._attention = function(
+            f"attention_{suffix}", *[pointer] * 7, *[integer] * 5, real, integer, integer
+        )
         self._lora = function(
-            f"lora_{suffix}", pointer, integer, pointer, wide, integer, *[pointer] * 3, integer, *[pointer] * 5
+            f"lora_{suffix}",
+            pointer,
+            integer,
+            pointer,
+            wide,
+            integer,
+            *[pointer] * 3,
+            integer,
+            *[pointer] * 5,
         )
 
     def pack_linear(self, weight_NH: Tensor, bias_N: Tensor | None) -> Linear:
@@ -125,7 +145,9 @@ class NativeKernels(ReferenceKernels):
         rows = linear.weight[token_ids_T // PANEL, :, token_ids_T % PANEL]
         return rows.reshape(len(token_ids_T), -1).float()
 
-    def add_rms_norm(self, residual_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float, out: Tensor) -> Tensor:
+    def add_rms_norm(
+        self, residual_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float, out: Tensor
+    ) -> Tensor:
         delta = None if delta_TH is None else delta_TH.data_ptr()
         rows, width = residual_TH.shape
         self._norm(residual_TH.data_ptr(), delta, weight_H.data_ptr(), out.data_ptr(), rows, width, eps)
@@ -138,7 +160,14 @@ class NativeKernels(ReferenceKernels):
         return out
 
     def rope_store(
-        self, qkv_TN: Tensor, batch: Batch, cosine_PD: Tensor, sine_PD: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int
+        self,
+        qkv_TN: Tensor,
+        batch: Batch,
+        cosine_PD: Tensor,
+        sine_PD: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        heads: int,
     ) -> None:
         _, kv_heads, dim, _ = k_cache.shape
         self._rope(

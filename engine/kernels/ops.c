@@ -1,4 +1,5 @@
-/* Included by cpu.c once per element type: T, NAME, LOAD, STORE, LOAD16, STORE16 are defined there. */
+/* Included by cpu.c once per element type: T, NAME, LOAD, STORE, LOAD16, STORE16 are defined there, and
+ * LANES, LOADLANES, MULADD, STEP: what a dot product along a row loads and multiplies at once. */
 
 /* residual [rows, n] float += delta [rows, n] (may be NULL); out = residual / rms(residual) * weight [n]. */
 void NAME(add_rms_norm)(float *residual, const T *delta, const float *weight, T *out, int rows, int n, float eps) {
@@ -198,7 +199,7 @@ void NAME(attention)(const T *qkv, T *out, const T *k_cache, const T *v_cache, c
     free(tile_start);
 }
 
-/* s[row][j] = sum_i x[row][i] * a[j][i] for R rows, N of the rank's rows. */
+/* s[row][j] = sum_i x[row][i] * a[j][i] for R rows, N of the rank's rows. STEP values enter a lane at once. */
 INLINE void NAME(shrink)(const int R, const int N, const T *x, int64_t ldx, const T *a, int in, float *s, int64_t lds) {
     v16 acc[4][4];
     float tail[4][4];
@@ -207,15 +208,15 @@ INLINE void NAME(shrink)(const int R, const int N, const T *x, int64_t ldx, cons
 #pragma GCC unroll 4
         for (int j = 0; j < N; j++) acc[r][j] = splat(0), tail[r][j] = 0;
     int i = 0;
-    for (; i + 16 <= in; i += 16) {
-        v16 w[4];
+    for (; i + 16 * STEP <= in; i += 16 * STEP) {
+        LANES w[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < N; j++) w[j] = LOAD16(a + (int64_t)j * in + i);
+        for (int j = 0; j < N; j++) w[j] = LOADLANES(a + (int64_t)j * in + i);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            v16 v = LOAD16(x + r * ldx + i);
+            LANES v = LOADLANES(x + r * ldx + i);
 #pragma GCC unroll 4
-            for (int j = 0; j < N; j++) acc[r][j] += v * w[j];
+            for (int j = 0; j < N; j++) acc[r][j] = MULADD(acc[r][j], v, w[j]);
         }
     }
     for (; i < in; i++)
@@ -302,3 +303,7 @@ void NAME(lora)(const T *x, int in, T *y, int64_t ldy, int segments, const int32
 #undef STORE
 #undef LOAD16
 #undef STORE16
+#undef LANES
+#undef LOADLANES
+#undef MULADD
+#undef STEP

@@ -61,7 +61,9 @@ class ReferenceKernels:
         """Rows of the (tied) embedding matrix as float32 [T, H]: the start of the residual stream."""
         return linear.weight[token_ids_T].float()
 
-    def add_rms_norm(self, residual_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float, out: Tensor) -> Tensor:
+    def add_rms_norm(
+        self, residual_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float, out: Tensor
+    ) -> Tensor:
         """residual (float32, in place) += delta; out = residual / rms(residual) * weight."""
         if delta_TH is not None:
             residual_TH += delta_TH
@@ -75,7 +77,14 @@ class ReferenceKernels:
         return (F.silu(gate) * up).to(gate_up_TN.dtype)
 
     def rope_store(
-        self, qkv_TN: Tensor, batch: Batch, cosine_PD: Tensor, sine_PD: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int
+        self,
+        qkv_TN: Tensor,
+        batch: Batch,
+        cosine_PD: Tensor,
+        sine_PD: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        heads: int,
     ) -> None:
         """Rotate q and k in place (rotate-half; tables [P, D/2]) and write k and v into their pages.
 
@@ -86,7 +95,9 @@ class ReferenceKernels:
         rotated = x[:, : heads + kv_heads].float()
         cosine, sine = cosine_PD[batch.positions][:, None], sine_PD[batch.positions][:, None]
         first, second = rotated.chunk(2, dim=-1)
-        x[:, : heads + kv_heads] = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1).to(x.dtype)
+        x[:, : heads + kv_heads] = torch.cat(
+            [first * cosine - second * sine, second * cosine + first * sine], -1
+        ).to(x.dtype)
         block, offset = batch.kv_slots.long() // BLOCK, batch.kv_slots.long() % BLOCK
         k_cache[block, :, :, offset] = x[:, heads : heads + kv_heads]
         v_cache[block, :, offset] = x[:, heads + kv_heads :]
@@ -109,7 +120,10 @@ class ReferenceKernels:
                 seen &= torch.arange(context)[None] > batch.positions[rows, None] - window
             repeat = heads // kv_heads
             attended = F.scaled_dot_product_attention(
-                q[rows].transpose(0, 1), k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0), attn_mask=seen
+                q[rows].transpose(0, 1),
+                k.repeat_interleave(repeat, 0),
+                v.repeat_interleave(repeat, 0),
+                attn_mask=seen,
             )
             out[rows] = attended.transpose(0, 1).reshape(-1, heads * dim)
         return out

@@ -23,7 +23,9 @@ def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> No
     torch.testing.assert_close(found.float(), expected.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def make_batch(lengths: list[tuple[int, int]], blocks: int, segments: list[tuple[int, int, int]] | None = None) -> Batch:
+def make_batch(
+    lengths: list[tuple[int, int]], blocks: int, segments: list[tuple[int, int, int]] | None = None
+) -> Batch:
     """Sequences given as (tokens before this step, tokens of this step), with shuffled pages."""
     order = torch.randperm(blocks).tolist()
     positions, slots, starts, tables = [], [], [0], []
@@ -52,7 +54,9 @@ def make_batch(lengths: list[tuple[int, int]], blocks: int, segments: list[tuple
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 7), (2, 48, 33), (3, 576, 960), (5, 30, 64), (31, 64, 96)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 64, 7), (2, 48, 33), (3, 576, 960), (5, 30, 64), (31, 64, 96)]
+)
 @pytest.mark.parametrize("biased", [False, True])
 def test_linear_and_embedding_of_a_packed_weight(dtype, rows, inputs, outputs, biased):
     torch.manual_seed(rows)
