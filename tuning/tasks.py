@@ -169,7 +169,7 @@ _ALL = (
         metric="rouge_l",
         max_new_tokens=80,
         instruction="Describe this restaurant in plain English.",
-        template="{mr}",
+        template="{mr}\nDescription:",
     ),
     Task(
         name="wikisql",
@@ -179,7 +179,7 @@ _ALL = (
         metric="exact",
         max_new_tokens=80,
         instruction="Write one SQL query on table t that answers the question. Reply with the query only.",
-        template="Columns: {columns}\nQuestion: {question}",
+        template="Columns: {columns}\nQuestion: {question}\nSQL:",
     ),
     Task(
         name="dbpedia",
@@ -242,6 +242,7 @@ _ALL = (
         metric="label",
         max_new_tokens=6,
         instruction=_one_of("Classify the sentiment of the comment.", _SENTIMENTS),
+        template="Comment: {text}\nSentiment:",
         labels=_SENTIMENTS,
     ),
     Task(
@@ -296,7 +297,7 @@ _ALL = (
         metric="label",
         max_new_tokens=6,
         instruction=_one_of("Classify the role of this sentence in its abstract.", _ABSTRACT_ROLES),
-        template="{sentence}",
+        template="Sentence: {sentence}\nRole:",
         labels=_ABSTRACT_ROLES,
     ),
 )
