@@ -1,0 +1,63 @@
+"""What a run will do: its stages, its requests, its clock. Knows nothing of Locust or of results."""
+
+from typing import Literal
+
+import msgspec
+
+Endpoint = Literal["chat", "completions"]
+PromptKind = Literal["words", "tasks"]
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """A constant number of closed-loop users, each request to one of `models`, drawn uniformly."""
+
+    mode: str
+    """What the report calls the adapter choice: `base`, `1 adapter`, `25 adapters`."""
+    users: int
+    models: tuple[str, ...]
+    """The `model` names that requests carry; the base model's own name when `adapters` is 0."""
+    adapters: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.mode}, {self.users} user{'s' if self.users != 1 else ''}"
+
+
+class RunPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the load process needs. Holds the name of the API key's variable, never the key."""
+
+    run: str
+    base_url: str
+    """Without the trailing `/v1`."""
+    endpoint: Endpoint
+    model: str
+    stages: tuple[Stage, ...]
+    stage_seconds: float
+    """Ramp and steady window together."""
+    ramp_seconds: float
+    think_seconds: float = 0.0
+    """Pause of a user between an answer and its next request."""
+    prompt_kind: PromptKind = "words"
+    prompt_tokens: int = 64
+    max_tokens: int = 32
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    ignore_eos: bool = False
+    temperature: float | None = None
+    """None: not sent, the server's own default holds."""
+    ask_usage: bool = True
+    """Send `stream_options.include_usage`."""
+    warm_up: bool = True
+    """One short request to every model before the first stage that uses it."""
+    timeout_s: float = 120.0
+    """Longest silence of a server before the request counts as failed."""
+    api_key_env: str = "OPENAI_API_KEY"
+    seed: int = 0
+    nonce: str = ""
+    """Changes every prompt of a run, so that no run meets the prefix cache of an earlier one."""
+
+
+def mode_name(adapters: int) -> str:
+    """How the report names a choice among so many adapters."""
+    if adapters == 0:
+        return "base"
+    return f"{adapters} adapter{'s' if adapters != 1 else ''}"
