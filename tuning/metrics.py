@@ -77,13 +77,21 @@ def _plain(label: str) -> str:
 
 
 def _exact(_task: Task, accepted: str, answer: str) -> float:
-    return float(_flat(answer) == _flat(accepted))
+    code = bare_code(answer)
+    first_statement = re.split(r";|\n\s*\n", code, maxsplit=1)[0]
+    return float(_flat(accepted) in (_flat(code), _flat(first_statement)))
 
 
 def _flat(text: str) -> str:
-    """One statement on one line: code fences, a final semicolon and quote style do not matter."""
-    text = re.sub(r"^\s*```\w*\n?|```\s*$", "", text.strip())
+    """One statement on one line; quote style does not matter."""
     return normalise(" ".join(text.split()).replace('"', "'"))
+
+
+def bare_code(answer: str) -> str:
+    """The first fenced block when there is one, without a shebang and comment lines."""
+    fenced = re.search(r"```\w*\n?(.*?)(?:```|\Z)", answer, flags=re.DOTALL)
+    code = fenced[1] if fenced else answer
+    return "\n".join(line for line in code.strip().splitlines() if not line.startswith("#")).strip()
 
 
 def _json(_task: Task, accepted: str, answer: str) -> float:
@@ -147,8 +155,7 @@ def _rouge_l(_task: Task, accepted: str, answer: str) -> float:
 
 
 def _rouge_l_code(_task: Task, accepted: str, answer: str) -> float:
-    bare = re.sub(r"^\s*```\w*\n?|```\s*$", "", answer.strip())
-    return _CODE.score(accepted, bare)["rougeL"].fmeasure
+    return _CODE.score(accepted, bare_code(answer))["rougeL"].fmeasure
 
 
 def _number(_task: Task, accepted: str, answer: str) -> float:

@@ -70,9 +70,10 @@ async def endpoint() -> AsyncIterator[tuple[Endpoint, openai.AsyncOpenAI]]:
     answering = Endpoint()
     app = web.Application()
     app.router.add_post("/v1/chat/completions", answering.chat)
-    async with TestServer(app) as server, openai.AsyncOpenAI(
-        base_url=str(server.make_url("/v1")), api_key="none", max_retries=0
-    ) as client:
+    async with (
+        TestServer(app) as server,
+        openai.AsyncOpenAI(base_url=str(server.make_url("/v1")), api_key="none", max_retries=0) as client,
+    ):
         yield answering, client
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from tuning.metrics import (
+    bare_code,
     first_json,
     last_number,
     majority_share,
@@ -61,6 +62,13 @@ def test_sql_is_compared_whole_not_by_its_first_line() -> None:
     assert judged("wikisql", "SELECT A FROM t WHERE B = 1", "SELECT A\nFROM t WHERE B = 2") == 0.0
 
 
+def test_sql_counts_when_talk_follows_it() -> None:
+    target = "SELECT A FROM t"
+    assert judged("wikisql", target, "SELECT A FROM t;\n\nThis query selects A.") == 1.0
+    assert judged("wikisql", target, "SELECT A FROM t\n\nResult: 3") == 1.0
+    assert judged("wikisql", "SELECT A FROM t WHERE B = 'x;y'", "SELECT A FROM t WHERE B = 'x;y'") == 1.0
+
+
 def test_json_is_compared_parsed() -> None:
     target = '{"intent": "PlayMusic", "slots": {"artist": "Nina Simone", "year": "1965"}}'
     spaced = 'Sure: {"slots":{"year":"1965","artist":"nina  simone"},"intent":"PlayMusic"} Done.'
@@ -98,6 +106,12 @@ def test_text_takes_the_best_of_the_references() -> None:
 def test_code_score_sees_flags_and_pipes() -> None:
     assert judged("nl2bash", "ls -l | wc", "```bash\nls -l | wc\n```") == pytest.approx(1.0)
     assert judged("nl2bash", "ls -l | wc", "ls l wc") < 1
+
+
+def test_code_is_taken_out_of_its_wrapping() -> None:
+    assert bare_code("Run this:\n```bash\n#!/bin/bash\n# lists\nls -l\n```\nIt lists.") == "ls -l"
+    assert bare_code("#!/bin/bash\n\nls -l") == "ls -l"
+    assert bare_code("```sh\ncut off") == "cut off"
 
 
 @pytest.mark.parametrize(
