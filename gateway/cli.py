@@ -203,9 +203,7 @@ def _open(url: str, body: dict[str, Any] | None = None) -> Any:
         raise _failure(text) from None
     except OSError as error:
         reason = getattr(error, "reason", error)
-        raise _failure(
-            f"No gateway answers at {url} ({reason}). Start one with: loraland serve"
-        ) from None
+        raise _failure(f"No gateway answers at {url} ({reason}). Start one with: loraland serve") from None
 
 
 def _events(lines: Any) -> Iterator[dict[str, Any]]:

