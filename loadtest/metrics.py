@@ -208,13 +208,14 @@ def stage_figures(stage: Stage, ended: StageEnded, rows: Iterable[RequestRow]) -
 def model_figures(
     rows: Iterable[RequestRow], ended: Sequence[tuple[Stage, StageEnded]]
 ) -> list[ModelFigures]:
-    """One line per model, in name order, its rows pooled over all stages (never an average of percentiles)."""
+    """One line per model, in the order of the run, its rows pooled over all stages (never an average of percentiles)."""
     stages = {(stage.mode, stage.users): end for stage, end in ended}
     of_model: dict[str, list[RequestRow]] = defaultdict(list)
     for row in rows:
         of_model[row.model].append(row)
     figures: list[ModelFigures] = []
-    for model, asked in sorted(of_model.items()):
+    for model in dict.fromkeys(name for stage, _ in ended for name in stage.models):
+        asked = of_model[model]
         measured = [
             row for row in asked if (end := stages.get((row.mode, row.users))) and is_measured(row, end)
         ]

@@ -15,7 +15,7 @@ PAGE = """\
           --bad: #ff8a80; --bad-paper: #3a1a18; --note-paper: #2c2614; --note-line: #b58900; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 1180px; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 1280px; background: var(--paper); color: var(--ink);
        font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 h1 { margin: 0 0 .2rem; font-size: 1.7rem; line-height: 1.2; }
 h2 { margin: 2.4rem 0 .7rem; font-size: 1.15rem; }
@@ -27,9 +27,10 @@ p { margin: .4rem 0; }
 .notes { margin: 1rem 0; padding: .5rem 1rem; border-left: 4px solid var(--note-line); background: var(--note-paper); }
 .banner ul, .notes ul { margin: .2rem 0; padding-left: 1.2rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; line-height: 1.3; }
+thead tr + tr th:first-child { text-align: right; }
 thead tr:first-child th[colspan] { text-align: center; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 tr.first td { border-top: 2px solid var(--line); }
@@ -37,7 +38,7 @@ td.bad { color: var(--bad); font-weight: 600; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: .3rem 0 .6rem; color: var(--soft); }
 .legend i { display: inline-block; width: 1.5rem; height: 0; margin-right: .45rem; border-top: 3px solid;
             vertical-align: middle; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 1rem; }
 .plots figure { margin: 0; padding: .6rem; background: var(--panel); border-radius: 8px; }
 .plots svg { display: block; width: 100%; height: auto; }
 .plots text { font-family: inherit !important; }

@@ -15,13 +15,13 @@ COLOURS = ("#3d7edb", "#e0792b", "#2b9c74", "#a663cc", "#cc4a63", "#7d8f2e", "#3
 _MARKERS = "os^DvPX*"
 _INK = "#010203"
 """Stands for the page's text colour; replaced by `currentColor` in the SVG."""
-_SIZE_INCHES = (4.6, 3.0)
+_SIZE_INCHES = (4.2, 2.9)
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "loadtest",
     "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.titlesize": 11,
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.edgecolor": _INK,
@@ -68,7 +68,7 @@ def against_users(
             axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.dataLim.ymax * 1.1 if axes.has_data() and axes.dataLim.ymax > 0 else 1)
         axes.set_xlabel("concurrent users")
 
     return _svg(title, unit, draw)

@@ -259,6 +259,7 @@ def measure(
                     case RequestRow() as row:
                         rows.append(row)
                         rows_file.write(line)
+                        rows_file.flush()
                         progress.count(row)
                     case StageStarted(stage=number):
                         progress.start(plan.stages[number])

@@ -19,9 +19,18 @@ class Mock:
         self.peers: set[object] = set()
 
     async def models(self, request: web.Request) -> web.Response:
-        base = {"id": "mock", "object": "model", "created": 0, "owned_by": "test", "parent": None, "root": "mock"}
+        base = {
+            "id": "mock",
+            "object": "model",
+            "created": 0,
+            "owned_by": "test",
+            "parent": None,
+            "root": "mock",
+        }
         adapters = [
-            {**base, "id": f"mock/{name}", "parent": "mock", "root": name} for name in self.options.adapters.split(",") if name
+            {**base, "id": f"mock/{name}", "parent": "mock", "root": name}
+            for name in self.options.adapters.split(",")
+            if name
         ]
         return web.json_response({"object": "list", "data": [base, *adapters]}, headers={"Server": "mock/1"})
 
@@ -29,6 +38,13 @@ class Mock:
         return web.json_response({"requests": self.seen, "connections": len(self.peers)})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        try:
+            return await self.answer(request, response)
+        except ConnectionResetError:
+            return response
+
+    async def answer(self, request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
         loop = asyncio.get_running_loop()
         start = loop.time()
         body = await request.json()
@@ -42,7 +58,6 @@ class Mock:
         cut, broken = self._every(options.cut_every), self._every(options.error_every)
         chat = "messages" in body
         tokens = body.get("max_tokens", 16)
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
 
         async def send(choices: list[dict], **more: object) -> None:
@@ -59,7 +74,9 @@ class Mock:
                 request.transport.close()
                 return response
             if broken and number == 2:
-                await response.write(b'data: {"error": {"message": "engine lost", "code": "engine_lost"}}\n\n')
+                await response.write(
+                    b'data: {"error": {"message": "engine lost", "code": "engine_lost"}}\n\n'
+                )
                 return response
             said = {"delta": {"content": f" w{number}"}} if chat else {"text": f" w{number}"}
             await send([{"index": 0, **said, "finish_reason": "length" if number == tokens - 1 else None}])

@@ -1,0 +1,1 @@
+"""The tests; a package, so that two of them may share a file name."""
