@@ -21,7 +21,8 @@ DEFINITIONS = {
     "total request time": "request sent → end of the stream (closed loop: a user sends when its last answer is complete)",
     "TTFT": "time to first token: request sent → first event with text (an opening chunk with only a role is none)",
     "token streaming time": "first event with text → last event with text",
-    "tok/s per stream": "(output tokens - 1) / token streaming time; a stream of one token has none. Its inverse is TPOT",
+    "tok/s per stream": "output tokens after the first / token streaming time, each summed over the requests; answers of "
+    "one token have none",
     "tok/s in all": "output tokens that arrived in the steady window / length of the window, over all streams",
     "inter-chunk latency": "gap between successive events with text; that between tokens only at 1 token an event",
     "TPOT": "time per output token after the first: token streaming time / (output tokens - 1)",
@@ -67,8 +68,8 @@ class StageFigures(msgspec.Struct, frozen=True, kw_only=True):
     streaming: Distribution
     tpot: Distribution
     inter_chunk: Distribution
-    stream_rate: Distribution
-    """Output tokens/s of each stream."""
+    stream_rate: float | None
+    """Output tokens/s of a stream while it streams: all tokens after the first over all streaming times."""
     output_rate: float | None
     """Output tokens/s over all streams."""
     request_rate: float | None
@@ -194,7 +195,7 @@ def stage_figures(stage: Stage, ended: StageEnded, rows: Iterable[RequestRow]) -
         streaming=distribution(_present(streaming_time(row) for row in measured)),
         tpot=distribution(_present(tpot(row) for row in measured)),
         inter_chunk=distribution(gap for row in measured for gap in row.gaps),
-        stream_rate=distribution(1 / t for t in _present(tpot(row) for row in measured)),
+        stream_rate=_stream_rate(measured),
         output_rate=_tokens_in_window(load, ended, ratio or 1.0) / window_s if window_s else None,
         request_rate=finished / window_s if window_s else None,
         tokens_per_event=ratio,
@@ -253,6 +254,13 @@ def _tokens_in_window(load: Iterable[RequestRow], ended: StageEnded, ratio: floa
             inside += ended.steady_from <= arrived <= ended.steady_until
         tokens += inside * per_event
     return tokens
+
+
+def _stream_rate(measured: Iterable[RequestRow]) -> float | None:
+    """A ratio of sums: in the mean of the streams' own rates, one stream that came in a burst outweighs the rest."""
+    timed = [row for row in measured if tpot(row) is not None]
+    streamed_s = sum(_present(streaming_time(row) for row in timed))
+    return sum(output_tokens(row) - 1 for row in timed) / streamed_s if streamed_s else None
 
 
 def _tokens_per_event(rows: Sequence[RequestRow]) -> float | None:

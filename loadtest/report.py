@@ -179,7 +179,7 @@ def _cells(stage: StageFigures, figures: Sequence[StageFigures]) -> list[str]:
         str(stage.measured),
         str(stage.failed),
         *(text for time in times for text in (_ms(time.average), _ms(time.p90))),
-        _number(stage.stream_rate.average),
+        _number(stage.stream_rate),
         _number(stage.output_rate),
         _ratio(stage.total.average, base.total.average if base else None, stage),
         _ratio(stage.output_rate, base.output_rate if base else None, stage),
