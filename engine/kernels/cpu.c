@@ -57,6 +57,10 @@ INLINE void store16_bf16(bf16 *p, v16 x) {
 #endif
 }
 
+INLINE void prefetch(const void *start, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)start + i);
+}
+
 INLINE float sum16(v16 x) {
     float s = 0;
     for (int i = 0; i < 16; i++) s += x[i];

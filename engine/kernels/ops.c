@@ -109,8 +109,12 @@ INLINE void NAME(attend)(const int R, const T **query, T **out, const int *lower
         for (int d = 0; d < dim; d++) q[r * dim + d] = LOAD(query[r] + d) * scale;
     }
     const int first = begin / BLOCK, blocks = (end + BLOCK - 1) / BLOCK;
-    for (int b = first; b < blocks; b++)
-        NAME(scores)(R, q, dim, k_cache + ((int64_t)table[b] * kv_heads + kv_head) * dim * BLOCK, buffer + (b - first) * BLOCK, stride);
+    const int64_t page = (int64_t)dim * BLOCK;
+    for (int b = first; b < blocks; b++) {
+        /* Pages lie anywhere, so the hardware cannot guess the next one. */
+        if (b + 1 < blocks) prefetch(k_cache + ((int64_t)table[b + 1] * kv_heads + kv_head) * page, page * sizeof(T));
+        NAME(scores)(R, q, dim, k_cache + ((int64_t)table[b] * kv_heads + kv_head) * page, buffer + (b - first) * BLOCK, stride);
+    }
     const int width = (blocks - first) * BLOCK, base = first * BLOCK;
     for (int r = 0; r < R; r++) {
         float *s = buffer + r * stride;
@@ -136,8 +140,9 @@ INLINE void NAME(attend)(const int R, const T **query, T **out, const int *lower
             for (int c = 0; c < 4; c++) acc[r][c] = splat(0);
         for (int b = first; b < blocks; b++) {
             int keys = end - b * BLOCK < BLOCK ? end - b * BLOCK : BLOCK;
+            if (b + 1 < blocks) prefetch(v_cache + ((int64_t)table[b + 1] * kv_heads + kv_head) * page, page * sizeof(T));
             NAME(weigh)(R, buffer + (b - first) * BLOCK, stride, keys,
-                        v_cache + ((int64_t)table[b] * kv_heads + kv_head) * BLOCK * dim, dim, d0, acc);
+                        v_cache + ((int64_t)table[b] * kv_heads + kv_head) * page, dim, d0, acc);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++)
