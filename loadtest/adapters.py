@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import msgspec
 import requests
 
+from loadtest.plan import is_loopback
 from loadtest.stream import error_message
 
 SYNTHETIC_PATTERN = "*random*"
@@ -41,7 +42,9 @@ def read_catalog(base_url: str, api_key: str | None) -> Catalog:
     url = f"{base_url}/v1/models"
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        response = requests.get(url, headers=headers, timeout=_TIMEOUT_S)
+        with requests.Session() as session:
+            session.trust_env = not is_loopback(url)
+            response = session.get(url, headers=headers, timeout=_TIMEOUT_S)
     except requests.RequestException as error:
         raise CatalogError(f"{url} cannot be reached: {type(error).__name__}: {error}") from error
     if response.status_code in _NO_SUCH_ROUTE:

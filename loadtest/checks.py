@@ -1,17 +1,15 @@
 """Was the measurement sound? Judges a run by its own figures; pure. Knows no output format."""
 
-import ipaddress
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Literal
-from urllib.parse import urlsplit
 
 import msgspec
 
 from loadtest.adapters import is_synthetic
 from loadtest.metrics import StageFigures
-from loadtest.plan import RunPlan, Stage
-from loadtest.record import RunRecord, StageEnded
+from loadtest.plan import RunPlan, Stage, is_loopback
+from loadtest.record import RequestRow, RunRecord, StageEnded
 
 CPU_LIMIT = 0.8
 """Share of one core above which the load process itself delays what it times (it can use only one)."""
@@ -23,6 +21,7 @@ USERS_SHARE = 0.9
 LENGTH_TOLERANCE = 0.1
 EVENT_TOLERANCE = 0.05
 CACHE_LIMIT = 0.5
+ERRORS_SHOWN = 4
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -32,17 +31,21 @@ class Finding(msgspec.Struct, frozen=True):
     text: str
 
 
-def findings(record: RunRecord, figures: Sequence[StageFigures]) -> list[Finding]:
+def findings(record: RunRecord, figures: Sequence[StageFigures], rows: Iterable[RequestRow]) -> list[Finding]:
     """Everything a reader of the figures must know, the worst first."""
     found: list[Finding] = []
     if record.trouble:
-        found.append(Finding("invalid", f"The load process broke: {record.trouble}"))
+        found.append(Finding("invalid", record.trouble))
     for ended, stage in zip(record.stages, figures, strict=True):
         planned = record.plan.stages[ended.stage]
         for reason in client_limits(ended, stage, record.plan):
             found.append(Finding("invalid", f"{planned.title}: the client was the bottleneck: {reason}."))
         if not stage.measured:
             found.append(Finding("invalid", _nothing_measured(planned, stage)))
+    errors = Counter(row.error for row in rows if row.error)
+    found += [
+        Finding("note", f"{count} failed with: {error}") for error, count in errors.most_common(ERRORS_SHOWN)
+    ]
     found += [Finding("note", text) for text in _notes(record, figures)]
     return found
 
@@ -117,14 +120,3 @@ def _notes(record: RunRecord, figures: Sequence[StageFigures]) -> list[str]:
     if any((stage.cached_share or 0) > CACHE_LIMIT for stage in figures):
         notes.append("Over half of some stage's prompt tokens came from the server's prefix cache.")
     return notes
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the address names this machine."""
-    host = urlsplit(url).hostname or ""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

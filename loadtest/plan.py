@@ -1,6 +1,8 @@
 """What a run will do: its stages, its requests, its clock. Knows nothing of Locust or of results."""
 
+import ipaddress
 from typing import Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -61,3 +63,14 @@ def mode_name(adapters: int) -> str:
     if adapters == 0:
         return "base"
     return f"{adapters} adapter{'s' if adapters != 1 else ''}"
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the address names this machine."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -84,7 +84,7 @@ class StageEnded(msgspec.Struct, frozen=True, kw_only=True, tag="stage_ended"):
 
 
 class Trouble(msgspec.Struct, frozen=True, kw_only=True, tag="trouble"):
-    """The load process itself failed: a defect of the harness, not of the server."""
+    """Why the load process gave up before its plan was done."""
 
     message: str
 

@@ -33,12 +33,18 @@ PAGE_FILE = "report.html"
 NOTHING = "–"
 
 
-def print_report(console: Console, record: RunRecord, figures: Sequence[StageFigures], page: Path) -> None:
+def print_report(
+    console: Console,
+    record: RunRecord,
+    rows: Sequence[RequestRow],
+    figures: Sequence[StageFigures],
+    page: Path,
+) -> None:
     """The table, what to know about it, and where the rest lies."""
     if figures:
         console.print(results_table(figures))
         console.print(table_note(figures), style="dim", markup=False, highlight=False)
-    for finding in findings(record, figures):
+    for finding in findings(record, figures, rows):
         style = "bold red" if finding.kind == "invalid" else "yellow"
         console.print(f"{finding.kind}: {finding.text}", style=style, markup=False, highlight=False)
     console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
@@ -87,7 +93,7 @@ def write_page(
 ) -> Path:
     """Writes `report.html` into `directory` and returns its path."""
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
-    found = findings(record, figures)
+    found = findings(record, figures, rows)
     ended = [(record.plan.stages[end.stage], end) for end in record.stages]
     order = modes(figures)
     html = template.render(
@@ -322,7 +328,7 @@ def rewrite(directory: Path, console: Console) -> None:
         for end in record.stages
         for stage in [record.plan.stages[end.stage]]
     ]
-    print_report(console, record, figures, write_page(directory, record, rows, figures))
+    print_report(console, record, rows, figures, write_page(directory, record, rows, figures))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,6 @@ from loadtest.report import print_report, write_page
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-STOP_GRACE_S = 15.0
 
 
 class EndpointOption(StrEnum):
@@ -189,7 +188,7 @@ def loadtest(
     write_run(directory, record)
     figures = figures_of(record, rows)
     page = write_page(directory, record, rows, figures)
-    print_report(console, record, figures, page)
+    print_report(console, record, rows, figures, page)
     raise typer.Exit(exit_code(record, figures, fail_on_error=fail_on_error))
 
 
@@ -269,11 +268,11 @@ def measure(
                         progress.finish(stage_figures(stage, end, _rows_of(stage, rows)))
                     case Trouble(message=message):
                         trouble = message
-            code = process.wait(STOP_GRACE_S)
+            code = process.wait()
         interrupted = bool(stopped)
     if code and not interrupted:
         tail = log_path.read_text(errors="replace").strip().splitlines()[-1:]
-        trouble = trouble or f"the load process ended with code {code}: {' '.join(tail)}"
+        trouble = trouble or f"The load process ended with code {code}: {' '.join(tail)}"
     if not log_path.stat().st_size:
         log_path.unlink()
     record = msgspec.structs.replace(record, stages=tuple(ended), interrupted=interrupted, trouble=trouble)

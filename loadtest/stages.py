@@ -19,7 +19,7 @@ from locust.event import EventHook
 
 from loadtest.plan import RunPlan, Stage
 from loadtest.record import Message, StageEnded, StageStarted, Trouble
-from loadtest.user import RequestSource, stage_user
+from loadtest.user import RequestSource, go_direct, stage_user
 
 LAG_INTERVAL_S = 0.01
 SETTLE_S = 0.3
@@ -45,12 +45,21 @@ def main() -> None:
 
 
 def _warm_up(source: RequestSource, stage: Stage, stop: Event) -> bool:
-    """False when told to stop meanwhile. Uses a session of its own, outside Locust's statistics."""
+    """False when the run should end here: told to stop meanwhile, or every request failed.
+
+    Uses a session of its own, outside Locust's statistics.
+    """
     with HttpSession(source.plan.base_url, EventHook(), None) as client:
-        worker = gevent.spawn(source.warm_up, client, stage)
-        gevent.wait([worker, stop], count=1)
-        worker.kill()
-    return not stop.is_set()
+        go_direct(client, source.plan.base_url)
+        asking = gevent.spawn(source.warm_up, client, stage)
+        gevent.wait([asking, stop], count=1)
+    if stop.is_set():
+        asking.kill()
+        return False
+    if not asking.get():
+        _say(Trouble(message=f"{stage.title}: every warm-up request failed, the run ended there."))
+        return False
+    return True
 
 
 def _run_stage(source: RequestSource, number: int, stage: Stage, stop: Event) -> StageEnded:
@@ -59,7 +68,7 @@ def _run_stage(source: RequestSource, number: int, stage: Stage, stop: Event) ->
 
     @environment.events.user_error.add_listener
     def give_up(exception: BaseException, **_: object) -> None:
-        _say(Trouble(message=f"{type(exception).__name__}: {exception}"))
+        _say(Trouble(message=f"The load process broke: {type(exception).__name__}: {exception}"))
         stop.set()
 
     runner = environment.create_local_runner()

@@ -18,7 +18,7 @@ from locust.clients import HttpSession
 from requests import RequestException
 from urllib3.exceptions import HTTPError
 
-from loadtest.plan import RunPlan, Stage
+from loadtest.plan import RunPlan, Stage, is_loopback
 from loadtest.prompts import Prompts
 from loadtest.record import Outcome, RequestRow
 from loadtest.stream import CompletionStream, error_message
@@ -51,11 +51,14 @@ class RequestSource:
         """Seconds since the run's start."""
         return perf_counter() - self._epoch
 
-    def warm_up(self, client: HttpSession, stage: Stage) -> None:
-        """A short request to each model of the stage that the run has not asked yet, one after the other."""
-        for model in stage.models:
-            if model not in self._seen:
-                self.stream(client, stage, model, user=0, warm_up=True)
+    def warm_up(self, client: HttpSession, stage: Stage) -> bool:
+        """A short request to each model of the stage that the run has not asked yet, one after the other.
+
+        False when there were such models and every request failed.
+        """
+        unasked = [model for model in stage.models if model not in self._seen]
+        outcomes = [self.stream(client, stage, model, user=0, warm_up=True) for model in unasked]
+        return not unasked or "completed" in outcomes
 
     def stream(
         self, client: HttpSession, stage: Stage, model: str, *, user: int, warm_up: bool = False
@@ -168,6 +171,7 @@ def stage_user(source: RequestSource, stage: Stage) -> type[HttpUser]:
         wait_time = constant(source.plan.think_seconds)
 
         def on_start(self) -> None:
+            go_direct(self.client, source.plan.base_url)
             self.number = next(arrivals)
             gevent.sleep(source.plan.ramp_seconds * self.number / stage.users)
 
@@ -178,6 +182,11 @@ def stage_user(source: RequestSource, stage: Stage) -> type[HttpUser]:
                 gevent.sleep(PAUSE_AFTER_FAILURE_S)
 
     return StageUser
+
+
+def go_direct(client: HttpSession, url: str) -> None:
+    """Keeps proxies and `.netrc` out of the way to a server on this machine."""
+    client.trust_env = not is_loopback(url)
 
 
 def _refusal(content: bytes | None) -> str:

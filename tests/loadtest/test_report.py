@@ -101,7 +101,7 @@ def test_report_can_be_made_again_from_its_files(tmp_path: Path) -> None:
 def test_terminal_report_names_what_is_wrong(tmp_path: Path) -> None:
     console = Console(width=132)
     with console.capture() as captured:
-        print_report(console, record((BASE,), (), trouble="[odd] markup"), [], tmp_path / "report.html")
+        print_report(console, record((BASE,), (), trouble="[odd] markup"), [], [], tmp_path / "report.html")
     assert "[odd] markup" in captured.get()
     assert re.search(r"report: .*report\.html", captured.get())
 

@@ -250,12 +250,31 @@ def test_failures_are_told_apart_and_leave_the_rest_measured(tmp_path: Path) -> 
 
 
 def test_stage_in_which_everything_fails_fails_the_run(tmp_path: Path) -> None:
-    options = ["--users", 1, "--stages", "base", "--stage-seconds", 0.8, "--ramp-seconds", 0.1]
+    options = [
+        "--users",
+        1,
+        "--stages",
+        "base",
+        "--stage-seconds",
+        0.8,
+        "--ramp-seconds",
+        0.1,
+        "--no-warm-up",
+    ]
     with mock("--fail-every", 1) as url:
         code, said, _, rows = loaded(url, tmp_path, *options)
     assert code == 1
     assert "no request measured" in said
     assert len(rows) < 10, "a refusing server is not hammered"
+
+
+def test_model_that_answers_no_warm_up_ends_the_run_at_once_with_its_error(tmp_path: Path) -> None:
+    with mock("--fail-every", 1) as url:
+        code, said, run, rows = loaded(url, tmp_path, "--stages", "base", "--stage-seconds", 60)
+    assert code == 1
+    assert (len(rows), len(run.stages)) == (1, 0)
+    assert "every warm-up request failed" in said
+    assert "the mock is tired" in said
 
 
 def test_completions_endpoint_with_forced_length(tmp_path: Path) -> None:
