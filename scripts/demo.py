@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -60,7 +59,7 @@ def main() -> None:
         signal.signal(number, _on_signal)
     try:
         run(console, options)
-    except DemoError as error:
+    except (DemoError, openai.APIError) as error:
         console.print(f"\n{error}", style="bold red", markup=False, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -180,12 +179,12 @@ async def compare(console: Console, url: str, tasks: Sequence[Task]) -> None:
     rows = [(task, Answer(BASE), Answer(f"{BASE}/{task.name}")) for task in tasks]
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="not needed") as client:
         with Live(console=console, refresh_per_second=12) as live:
-            async with asyncio.TaskGroup() as group:
-                for task, *answers in rows:
-                    for answer in answers:
-                        group.create_task(
-                            _stream(client, task, answer, lambda: live.update(_side_by_side(rows)))
-                        )
+            streams = [
+                _stream(client, task, answer, lambda: live.update(_side_by_side(rows)))
+                for task, *answers in rows
+                for answer in answers
+            ]
+            await asyncio.gather(*streams)
             live.update(_side_by_side(rows))
     console.print()
 
@@ -281,7 +280,7 @@ def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return answer.status == 200
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
