@@ -27,7 +27,8 @@ DEFINITIONS = {
     "inter-chunk latency": "gap between successive events with text; that between tokens only at 1 token an event",
     "TPOT": "time per output token after the first: token streaming time / (output tokens - 1)",
     "failed": "refused, broken off or without a finish reason; counted over the whole stage, in no latency",
-    "incomplete": "still running when the stage ended, or sent in its ramp; in no latency",
+    "incomplete": "still running when the stage ended: neither completed nor failed, in no latency",
+    "set aside": "completed, but sent in the ramp or the run's first to its model; in no latency",
     "steady window": "a stage without its ramp; its latencies are of requests sent and completed inside it",
     "output tokens": "the server's own count (`usage`), never a client's re-tokenisation",
     "percentiles": "over all requests of a stage, linear between ranks; none where fewer samples than p50: 2, p90: 10, "
@@ -83,11 +84,6 @@ class StageFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Average of a measured request."""
     users_in_flight: float | None
     """Requests in flight, averaged over the steady window: the users really achieved."""
-
-    @property
-    def all_failed(self) -> bool:
-        """Nothing completed."""
-        return self.measured + self.set_aside == 0
 
 
 class ModelFigures(msgspec.Struct, frozen=True, kw_only=True):

@@ -46,6 +46,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; 
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 code { font: .9em/1.4 ui-monospace, "Cascadia Mono", "Liberation Mono", Menlo, monospace; }
+code span { white-space: nowrap; }
 @media (max-width: 640px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
 </style>
 </head>
@@ -107,7 +108,8 @@ of the TTFT, it would be measuring itself. Locust counts and times each request 
 {% endfor %}</tbody></table></div>
 
 <h2>What was run</h2>
-<dl>{% for name, value in facts %}<dt>{{ name }}</dt><dd>{% if name == "command" %}<code>{{ value }}</code>{% else %}
+<dl>{% for name, value in facts %}<dt>{{ name }}</dt><dd>{% if name == "command" %}<code>
+{%- for word in value.split(" ") %}<span>{{ word }}</span> {% endfor %}</code>{% else %}
 {{- value }}{% endif %}</dd>{% endfor %}</dl>
 
 <h2>Definitions</h2>

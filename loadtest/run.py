@@ -131,7 +131,7 @@ def loadtest(
     """Loads an OpenAI-compatible server with streaming users and reports the latency they got.
 
     Closed loop: each user sends its next request when its last answer is complete. Ctrl-C ends the run early and
-    still reports what was measured. Exit code 0: every stage completed requests; 1: one did not; 2: bad options.
+    still reports what was measured. Exit code 0: every stage measured requests; 1: one did not; 2: bad options.
     """
     console = Console(width=None if sys.stdout.isatty() else 132)
     api_key = os.environ.get(api_key_env)
@@ -286,10 +286,10 @@ def figures_of(record: RunRecord, rows: Sequence[RequestRow]) -> list[StageFigur
 
 
 def exit_code(record: RunRecord, figures: Sequence[StageFigures], *, fail_on_error: bool) -> int:
-    """130 interrupted; 1 when the harness broke, a stage completed nothing, or (if asked) anything failed."""
+    """130 interrupted; 1 when the run gave up, a stage measured nothing, or (if asked) anything failed."""
     if record.interrupted:
         return EXIT_INTERRUPTED
-    if record.trouble or not figures or any(stage.all_failed for stage in figures):
+    if record.trouble or not figures or not all(stage.measured for stage in figures):
         return EXIT_FAILED
     if fail_on_error and any(stage.failed for stage in figures):
         return EXIT_FAILED

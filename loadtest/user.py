@@ -101,7 +101,8 @@ class RequestSource:
                 except (HTTPError, HTTPException, RequestException, OSError) as broken:
                     error = f"the stream broke: {type(broken).__name__}: {broken}"
                 finally:
-                    response.close()
+                    if response.raw is not None:
+                        response.close()
                 outcome = "failed" if error else "completed"
                 response.request_meta.update(  # pyright: ignore[reportAttributeAccessIssue]
                     response_time=((heard.done_at or self.now()) - sent) * 1000,

@@ -1,7 +1,8 @@
 """An OpenAI-like server that streams words at known times, as a process of its own. Knows no model.
 
-Prints its port as the first line. `--fail-every K`: every Kth completion is refused (500), `--cut-every K`: cut off
-after two tokens, `--error-every K`: ends with an error event. `GET /seen` gives the requests it got.
+Prints its port as the first line. `--fail-every K`: every Kth completion is refused (500), `--drop-every K`:
+its connection is closed without an answer, `--cut-every K`: cut off after two tokens, `--error-every K`: ends with an
+error event. `GET /seen` gives the requests it got.
 """
 
 import argparse
@@ -52,6 +53,10 @@ class Mock:
         self.seen.append({"body": body, "authorization": request.headers.get("Authorization")})
         self.peers.add(request.transport.get_extra_info("peername") if request.transport else None)
         options = self.options
+        if self._every(options.drop_every):
+            assert request.transport is not None
+            request.transport.close()
+            return response
         if self._every(options.fail_every):
             error = {"message": "the mock is tired", "type": "server_error", "param": None, "code": "tired"}
             return web.json_response({"error": error}, status=500)
@@ -111,6 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("--itl-ms", type=float, default=2)
     parser.add_argument("--adapters", default="")
     parser.add_argument("--fail-every", type=int, default=0)
+    parser.add_argument("--drop-every", type=int, default=0)
     parser.add_argument("--cut-every", type=int, default=0)
     parser.add_argument("--error-every", type=int, default=0)
     asyncio.run(serve(parser.parse_args()))

@@ -118,11 +118,6 @@ def test_stage_stopped_in_its_ramp_has_no_figures() -> None:
     assert figures.measured == 0
     assert figures.output_rate is None
     assert figures.users_in_flight is None
-    assert not figures.all_failed
-
-
-def test_stage_of_nothing_but_failures_is_all_failed() -> None:
-    assert stage_figures(BASE, ended(), [row(11.0, [], outcome="failed", done=None)]).all_failed
 
 
 @pytest.mark.parametrize(("samples", "given"), [(1, 0), (2, 1), (9, 1), (10, 2), (99, 2), (100, 3)])

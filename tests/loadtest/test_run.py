@@ -237,11 +237,16 @@ def test_failures_are_told_apart_and_leave_the_rest_measured(tmp_path: Path) -> 
         0.1,
         "--fail-on-error",
     ]
-    with mock("--fail-every", 4, "--cut-every", 5, "--error-every", 7) as url:
+    with mock("--drop-every", 3, "--fail-every", 4, "--cut-every", 5, "--error-every", 7) as url:
         code, said, run, rows = loaded(url, tmp_path, *options)
     failed = [row for row in rows if row.outcome == "failed" and row.phase == "load"]
     errors = {(row.status, (row.error or "").split(":")[0]) for row in failed}
-    assert errors == {(500, "HTTP 500"), (200, "the stream broke"), (200, "engine_lost")}
+    assert errors == {
+        (None, "ConnectionError"),
+        (500, "HTTP 500"),
+        (200, "the stream broke"),
+        (200, "engine_lost"),
+    }
     assert any("tired: the mock is tired" in (row.error or "") for row in failed)
     assert run.stages[0].locust_failures == len(failed)
     assert any(row.outcome == "completed" for row in rows)
