@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 STOP_GRACE_S = 10.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LINE_LIMIT = 1024 * 1024
 
 
@@ -35,7 +36,7 @@ class Supervisor:
     async def run(self) -> int:
         """Start the programs in order and wait. Returns 0 after a signal, else 1: no program should end by itself."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         readers: list[asyncio.Task[None]] = []
         waiters: list[asyncio.Task[None]] = []
@@ -52,6 +53,8 @@ class Supervisor:
             for child in reversed(self._children):
                 await _end(child)
             await asyncio.gather(*waiters, *readers)
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
         return 0 if self._signal is not None else 1
 
     async def _start(self, program: Program) -> asyncio.subprocess.Process:
