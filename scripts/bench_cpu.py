@@ -218,8 +218,9 @@ async def _closed_loop(
     waiting = iter(work)
     answers: list[Answer] = []
     timeout = aiohttp.ClientTimeout(total=900)
+    # A connection for each request: llama.cpp closes it after a stream, in a race with the next request.
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=timeout, read_bufsize=2**20
+        connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=timeout, read_bufsize=2**20
     ) as session:
 
         async def user() -> None:
