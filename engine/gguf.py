@@ -133,7 +133,7 @@ class GgufFile:
         rows_NB = raw.reshape(info.shape[0] if len(info.shape) > 1 else 1, -1)
         out = torch.empty(info.shape, dtype=dtype)
         out_NH = out.view(rows_NB.shape[0], -1)
-        order = self._row_order(hf_name, info.shape[0])
+        order = self._row_order(hf_name, out.shape[0])
         if len(info.shape) == 1 and order is not None:  # a bias: its rows are its elements
             out.copy_(torch.from_numpy(dequantize(raw.copy(), kind).reshape(-1)[order]))
             return out

@@ -105,7 +105,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: _Vocabulary) -> dict[st
     name = metadata.get("tokenizer.ggml.pre")
     if name not in _PRE_TOKENIZERS:
         raise TokenizerError(
-            f"tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(sorted(_PRE_TOKENIZERS))}"
+            f"tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(map(str, _PRE_TOKENIZERS))}"
         )
     merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
@@ -259,7 +259,7 @@ _DIGITS_THEN_GPT2 = [{"type": "Digits", "individual_digits": True}, _byte_level(
 _QWEN2 = [_split(_QWEN2_SPLIT), _byte_level(use_regex=False)]
 _LLAMA3 = [_split(_LLAMA3_SPLIT), _byte_level(use_regex=False)]
 
-_PRE_TOKENIZERS: dict[object, list[dict[str, Any]]] = {
+_PRE_TOKENIZERS: dict[str | None, list[dict[str, Any]]] = {
     "smollm": _DIGITS_THEN_GPT2,
     "starcoder": _DIGITS_THEN_GPT2,
     "gpt-2": [_byte_level(use_regex=True)],
