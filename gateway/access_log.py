@@ -1,0 +1,112 @@
+"""Around every HTTP request: its id, one log line, its metrics. Never sees a body."""
+
+import re
+import time
+import uuid
+from dataclasses import dataclass
+
+import structlog
+from litestar.datastructures import MutableScopeHeaders
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.disconnect import ClientGoneError
+from gateway.metrics import Metrics
+
+CLIENT_GONE = 499
+SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize"})
+QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What the handler of a request has to tell about it; times from `time.perf_counter`."""
+
+    request_id: str
+    started_s: float
+    status: int | None = None
+    model: str = ""
+    """Set once it is known to exist."""
+    error: str | None = None
+    first_token_s: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record of the request being served."""
+    return scope["state"]["record"]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class AccessLog:
+    """ASGI middleware outside the web framework, so that no response misses it."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(_request_id(scope), time.perf_counter())
+        scope.setdefault("state", {})["record"] = record  # pyright: ignore
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableScopeHeaders.from_message(message)["x-request-id"] = record.request_id
+            await send(message)
+
+        self._metrics.in_flight.inc()
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGoneError:
+            record.status = CLIENT_GONE
+        finally:
+            self._metrics.in_flight.dec()
+            self._finish(scope, record)
+
+    def _finish(self, scope: Scope, record: RequestRecord) -> None:
+        path, method = scope["path"], str(scope.get("method"))
+        if path in QUIET:
+            return
+        seconds = time.perf_counter() - record.started_s
+        status = record.status or CLIENT_GONE
+        endpoint = path if path in ENDPOINTS else "other"
+        metrics, model = self._metrics, record.model
+        metrics.requests.labels(model, endpoint, str(status)).inc()
+        ttft_s = None
+        if model:
+            metrics.request_seconds.labels(model).observe(seconds)
+            metrics.prompt_tokens.labels(model).inc(record.prompt_tokens)
+            metrics.cached_tokens.labels(model).inc(record.cached_tokens)
+            metrics.completion_tokens.labels(model).inc(record.completion_tokens)
+            if record.first_token_s is not None:
+                ttft_s = record.first_token_s - record.started_s
+                metrics.first_token_seconds.labels(model).observe(ttft_s)
+        log.info(
+            "request",
+            request_id=record.request_id,
+            method=method,
+            path=path,
+            status=status,
+            model=model or None,
+            error=record.error,
+            seconds=round(seconds, 4),
+            ttft_s=None if ttft_s is None else round(ttft_s, 4),
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
+            completion_tokens=record.completion_tokens,
+        )
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's `x-request-id` where it has a harmless one, so that a proxy's logs and ours meet."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and SAFE_ID.fullmatch(value):
+            return value.decode()
+    return f"req_{uuid.uuid4().hex}"

@@ -1,0 +1,91 @@
+"""Wires the gateway together, once. Knows no request."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import msgspec
+import structlog
+from litestar import Litestar, Request, Response
+from litestar.config.cors import CORSConfig
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp
+
+from gateway.access_log import AccessLog, record_of
+from gateway.config import GatewayConfig
+from gateway.disconnect import ClientGoneError
+from gateway.errors import GatewayError, InternalError, envelope, error_of_http_exception, headers_of
+from gateway.metrics import Metrics
+from gateway.routes import ROUTES
+from gateway.served_model import ServedModels
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+def create_app(config: GatewayConfig) -> ASGIApp:
+    """The gateway as an ASGI application. Its lifespan keeps one connection to every engine."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def engines(app: Litestar) -> AsyncIterator[None]:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            app.state.models = ServedModels(config, session)
+            clients = [asyncio.create_task(model.client.run()) for model in app.state.models]
+            try:
+                yield
+            finally:
+                # The server has waited for open requests; what is left of them is aborted with the socket.
+                for client in clients:
+                    client.cancel()
+                await asyncio.gather(*clients, return_exceptions=True)
+
+    app = Litestar(
+        route_handlers=ROUTES,
+        lifespan=[engines],
+        exception_handlers={
+            GatewayError: _on_gateway_error,
+            HTTPException: _on_http_exception,
+            ClientGoneError: _on_client_gone,
+            Exception: _on_unexpected,
+        },
+        request_max_body_size=int(config.max_body_mib * 2**20),
+        cors_config=_cors(config),
+        openapi_config=None,
+        logging_config=None,
+    )
+    app.state.metrics = metrics
+    return AccessLog(app, metrics)
+
+
+def _cors(config: GatewayConfig) -> CORSConfig | None:
+    if not config.cors_allow_origins:
+        return None
+    return CORSConfig(allow_origins=list(config.cors_allow_origins), expose_headers=["x-request-id"])
+
+
+def _on_gateway_error(request: Request, error: GatewayError) -> Response:
+    record_of(request.scope).error = error.code
+    return Response(
+        msgspec.json.encode(envelope(error)),
+        status_code=error.status,
+        media_type="application/json",
+        headers=headers_of(error),
+    )
+
+
+def _on_http_exception(request: Request, error: HTTPException) -> Response:
+    known = error_of_http_exception(error, request.method, request.url.path)
+    if known.status >= 500:
+        log.error("request_failed", request_id=record_of(request.scope).request_id, exc_info=error)
+    return _on_gateway_error(request, known)
+
+
+def _on_client_gone(request: Request, error: ClientGoneError) -> Response:
+    """Nobody reads it; the status is for the access log."""
+    return Response(b"", status_code=499)
+
+
+def _on_unexpected(request: Request, error: Exception) -> Response:
+    log.error("request_failed", request_id=record_of(request.scope).request_id, exc_info=error)
+    return _on_gateway_error(request, InternalError("The server had an error while processing your request."))

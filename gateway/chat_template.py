@@ -1,0 +1,115 @@
+"""Messages -> prompt text, by the model's own Jinja template under transformers' conventions. Knows no tokens."""
+
+import json
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import msgspec
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node, Scope
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class ChatTemplateError(Exception):
+    """The template refuses these messages, or cannot be used at all; the message says why."""
+
+
+class ChatTemplate:
+    """One model's chat template.
+
+    Args:
+        source: The Jinja text.
+        special_tokens: What templates call `bos_token`, `eos_token`, ...
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"The chat template is not valid: {error}") from error
+        self._special_tokens = special_tokens
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt that asks for the assistant's next message.
+
+        Raises:
+            ChatTemplateError: the template refuses the messages (e.g. roles must alternate).
+        """
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"The model's chat template refuses these messages: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ChatTemplateError(
+                f"The model's chat template cannot render these messages: {error}"
+            ) from error
+
+
+def read_chat_template(tokenizer_config: bytes) -> ChatTemplate | None:
+    """The template in `tokenizer_config.json`, or None where there is none (a base model).
+
+    Raises:
+        ChatTemplateError: the file is no JSON object, or the template no Jinja.
+    """
+    try:
+        config = msgspec.json.decode(tokenizer_config, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ChatTemplateError(f"tokenizer_config.json cannot be read: {error}") from error
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry["name"]: entry["template"] for entry in source}
+        source = named.get("default")
+    if source is None:
+        return None
+    special_tokens = {
+        key: token["content"] if isinstance(token, dict) else token
+        for key, token in config.items()
+        if key.endswith("_token") and isinstance(token, str | dict)
+    }
+    return ChatTemplate(source, special_tokens)
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks what the assistant said, for training; it renders as its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return Scope(body, lineno=line)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is: Jinja's own filter would escape it for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

@@ -1,0 +1,363 @@
+"""Request body -> checked request: types, ranges, and a refusal by name of what we do not do. Knows no model.
+
+A parameter is understood, or without effect as given, or refused: none is ignored that would change the output.
+"""
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from engine.protocol import SamplingParams
+from gateway.errors import InvalidRequestError, UnsupportedParameterError
+from gateway.openai_schema import ChatFields, CompletionFields, GenerationFields
+
+MAX_CHOICES = 128
+MAX_STOPS = 4
+MAX_PROMPTS = 1024
+MAX_SEQUENCES = 1024
+"""Of one request: prompts times n."""
+MAX_STOP_TOKEN_IDS = 64
+ANYTHING = object()
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # Never touch the output.
+    "user": (ANYTHING,),
+    "metadata": (ANYTHING,),
+    "safety_identifier": (ANYTHING,),
+    "prompt_cache_key": (ANYTHING,),
+    "prompt_cache_retention": (ANYTHING,),
+    "parallel_tool_calls": (ANYTHING,),
+    # Without effect at these values, refused at any other.
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "moderation": (),
+    "suffix": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+}
+"""Parameters of OpenAI's and vLLM's APIs that we do not act on -> the values at which that makes no difference.
+Null never makes one."""
+
+Fields = TypeVar("Fields", bound=msgspec.Struct)
+
+
+def decode(body: bytes, shape: type[Fields]) -> Fields:
+    """A request body as `shape`.
+
+    Raises:
+        InvalidRequestError: malformed JSON, wrong types, a field missing, unknown or not supported.
+    """
+    try:
+        document = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequestError(f"The request body is not valid JSON: {_brief(str(error))}") from error
+    if not isinstance(document, dict):
+        raise InvalidRequestError("The request body must be a JSON object.")
+    given = {name: value for name, value in document.items() if value is not None}
+    for name in given.keys() - set(shape.__struct_fields__):
+        _refuse_unless_neutral(name, given[name])
+    try:
+        return msgspec.convert(given, shape)
+    except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+        raise _invalid_shape(str(error)) from error
+
+
+def check_chat(fields: ChatFields) -> list[dict[str, Any]]:
+    """Ranges of a chat request; its messages as chat templates want them (role, content, name: all text)."""
+    _check_generation(fields)
+    _in_range("max_completion_tokens", fields.max_completion_tokens, 1, None)
+    _in_range("max_tokens", fields.max_tokens, 1, None)
+    _in_range("top_logprobs", fields.top_logprobs, 0, 20)
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise InvalidRequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
+    if None not in (fields.max_tokens, fields.max_completion_tokens) and (
+        fields.max_tokens != fields.max_completion_tokens
+    ):
+        raise InvalidRequestError(
+            "Give 'max_tokens' or 'max_completion_tokens', not both.", param="max_tokens"
+        )
+    return check_messages(fields.messages)
+
+
+def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages reduced to role, content and name, all text.
+
+    Raises:
+        InvalidRequestError: there is none, or one has an unknown role or a content that is not text.
+    """
+    if not messages:
+        raise InvalidRequestError(
+            "'messages' must hold at least one message.", param="messages", code="empty_array"
+        )
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def check_completion(fields: CompletionFields) -> list[str | list[int]]:
+    """Ranges of a completion request; its prompts, each a text or token ids."""
+    _check_generation(fields)
+    _in_range("logprobs", fields.logprobs, 0, 5)
+    _in_range("max_tokens", fields.max_tokens, 0 if fields.echo else 1, None)
+    n = fields.n or 1
+    if fields.best_of is not None and fields.best_of > n:
+        raise UnsupportedParameterError("'best_of' greater than 'n' is not supported.", param="best_of")
+    if fields.best_of is not None and fields.best_of < n:
+        raise InvalidRequestError("'best_of' must be at least 'n'.", param="best_of")
+    prompts = _prompts(fields.prompt)
+    if len(prompts) * n > MAX_SEQUENCES:
+        raise InvalidRequestError(
+            f"{len(prompts)} prompts with n={n} are too many: at most {MAX_SEQUENCES} choices a request.",
+            param="prompt",
+        )
+    return prompts
+
+
+def stops_of(fields: GenerationFields) -> list[str]:
+    return [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+
+
+def sampling_of(
+    fields: GenerationFields, *, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
+    """Everything but `max_tokens` (here 0), which depends on the prompt's length."""
+    or_else = _or_else
+    top_p = or_else(fields.top_p, 1.0)
+    return SamplingParams(
+        max_tokens=0,
+        min_tokens=or_else(fields.min_tokens, 0),
+        # Keeping the likeliest token alone is greedy decoding.
+        temperature=0.0 if top_p == 0 else or_else(fields.temperature, 1.0),
+        top_k=max(0, or_else(fields.top_k, 0)),
+        top_p=1.0 if top_p == 0 else top_p,
+        min_p=or_else(fields.min_p, 0.0),
+        repetition_penalty=or_else(fields.repetition_penalty, 1.0),
+        frequency_penalty=or_else(fields.frequency_penalty, 0.0),
+        presence_penalty=or_else(fields.presence_penalty, 0.0),
+        logit_bias={int(token): bias for token, bias in (fields.logit_bias or {}).items()},
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        ignore_eos=bool(fields.ignore_eos),
+        stop_token_ids=tuple(fields.stop_token_ids or ()),
+    )
+
+
+def check_token_ids(fields: GenerationFields, vocab_size: int) -> None:
+    """Ids named in the request must be tokens of the model."""
+    for token in fields.logit_bias or {}:
+        if int(token) >= vocab_size:
+            raise InvalidRequestError(
+                f"Invalid key in 'logit_bias': {token} is no token id of this model (0 to {vocab_size - 1}).",
+                param="logit_bias",
+            )
+    for token in fields.stop_token_ids or []:
+        if token >= vocab_size:
+            raise InvalidRequestError(
+                f"'stop_token_ids': {token} is no token id of this model (0 to {vocab_size - 1}).",
+                param="stop_token_ids",
+            )
+
+
+def _check_generation(fields: GenerationFields) -> None:
+    _in_range("n", fields.n, 1, MAX_CHOICES)
+    _in_range("temperature", fields.temperature, 0, 2)
+    _in_range("top_p", fields.top_p, 0, 1)
+    _in_range("frequency_penalty", fields.frequency_penalty, -2, 2)
+    _in_range("presence_penalty", fields.presence_penalty, -2, 2)
+    _in_range("top_k", fields.top_k, -1, 2**31 - 1)
+    _in_range("min_p", fields.min_p, 0, 1)
+    _in_range("repetition_penalty", fields.repetition_penalty, 0.01, 10)
+    _in_range("min_tokens", fields.min_tokens, 0, 2**31 - 1)
+    _in_range("seed", fields.seed, -(2**63), 2**63 - 1)
+    if fields.stream_options is not None and not fields.stream:
+        raise InvalidRequestError(
+            "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
+        )
+    stops = stops_of(fields)
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequestError(
+            f"Invalid 'stop': array too long. Expected at most {MAX_STOPS} strings, got {len(stops)}.",
+            param="stop",
+            code="array_above_max_length",
+        )
+    if "" in stops:
+        raise InvalidRequestError(
+            "Invalid 'stop': a stop string must not be empty.", param="stop", code="empty_string"
+        )
+    for token, bias in (fields.logit_bias or {}).items():
+        if not re.fullmatch(r"[0-9]{1,9}", token):
+            raise InvalidRequestError(
+                f"Invalid key in 'logit_bias': {_brief(repr(token))} is no token id.", param="logit_bias"
+            )
+        _in_range("logit_bias", bias, -100, 100)
+    if len(fields.stop_token_ids or []) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequestError(
+            f"Invalid 'stop_token_ids': at most {MAX_STOP_TOKEN_IDS} are possible.", param="stop_token_ids"
+        )
+    for token in fields.stop_token_ids or []:
+        _in_range("stop_token_ids", token, 0, 2**31 - 1)
+
+
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    role = message.get("role")
+    if role is None:
+        raise InvalidRequestError(f"Missing required parameter: '{where}.role'.", param=f"{where}.role")
+    if role in ("tool", "function"):
+        raise UnsupportedParameterError(
+            f"Messages of role '{role}' are not supported.", param=f"{where}.role"
+        )
+    if role not in ("system", "developer", "user", "assistant"):
+        raise InvalidRequestError(
+            f"Invalid value: {_brief(repr(role))}. Supported values are: 'system', 'developer', 'user' and "
+            "'assistant'.",
+            param=f"{where}.role",
+            code="invalid_value",
+        )
+    for name, value in message.items():
+        if name not in ("role", "content", "name") and value not in (None, [], {}, ""):
+            raise UnsupportedParameterError(
+                f"Unsupported parameter: '{where}.{_brief(name)}'.", param=f"{where}.{_brief(name)}"
+            )
+    rendered = {
+        "role": "system" if role == "developer" else role,
+        "content": _content(message.get("content"), where),
+    }
+    name = message.get("name")
+    if name is not None:
+        if not isinstance(name, str):
+            raise InvalidRequestError(f"'{where}.name' must be a string.", param=f"{where}.name")
+        rendered["name"] = name
+    return rendered
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    param = f"{where}.content"
+    if content is None:
+        raise InvalidRequestError(f"Missing required parameter: '{param}'.", param=param)
+    if not isinstance(content, list):
+        raise InvalidRequestError(f"'{param}' must be a string or a list of text parts.", param=param)
+    texts: list[str] = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise InvalidRequestError(
+                f"'{param}[{index}]' must be an object with a 'type'.", param=f"{param}[{index}]"
+            )
+        if kind != "text":
+            raise UnsupportedParameterError(
+                f"Content of type {_brief(repr(kind))} is not supported by this model, only 'text'.",
+                param=f"{param}[{index}].type",
+            )
+        if not isinstance(text := part.get("text"), str):
+            raise InvalidRequestError(
+                f"'{param}[{index}].text' must be a string.", param=f"{param}[{index}].text"
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [_prompt_text(prompt)]
+    if not prompt:
+        raise InvalidRequestError("'prompt' must not be empty.", param="prompt", code="empty_array")
+    if _is_token_ids(prompt):
+        return [prompt]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidRequestError(
+            f"Invalid 'prompt': array too long. Expected at most {MAX_PROMPTS} prompts, got {len(prompt)}.",
+            param="prompt",
+            code="array_above_max_length",
+        )
+    if all(isinstance(each, str) for each in prompt):
+        return [_prompt_text(each) for each in prompt]
+    if all(isinstance(each, list) and each and _is_token_ids(each) for each in prompt):
+        return prompt
+    raise InvalidRequestError(
+        "'prompt' must be a string, a list of strings, a list of token ids, or a list of lists of token ids.",
+        param="prompt",
+    )
+
+
+def _prompt_text(prompt: str) -> str:
+    if not prompt:
+        raise InvalidRequestError("'prompt' must not be empty.", param="prompt", code="empty_string")
+    return prompt
+
+
+def _is_token_ids(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values)
+
+
+def _in_range(param: str, value: float | None, low: float, high: float | None) -> None:
+    if value is None:
+        return
+    if value < low:
+        raise InvalidRequestError(
+            f"Invalid '{param}': must be at least {low}, got {_brief(repr(value))}.",
+            param=param,
+            code="integer_below_min_value" if isinstance(value, int) else "decimal_below_min_value",
+        )
+    if high is not None and value > high:
+        raise InvalidRequestError(
+            f"Invalid '{param}': must be at most {high}, got {_brief(repr(value))}.",
+            param=param,
+            code="integer_above_max_value" if isinstance(value, int) else "decimal_above_max_value",
+        )
+
+
+def _refuse_unless_neutral(name: str, value: Any) -> None:
+    neutral = NEUTRAL.get(name)
+    if neutral is None:
+        raise InvalidRequestError(
+            f"Unrecognized request argument supplied: {_brief(name)}",
+            param=_brief(name),
+            code="unknown_parameter",
+        )
+    if not any(accepted is ANYTHING or accepted == value for accepted in neutral):
+        raise UnsupportedParameterError(
+            f"Unsupported parameter: '{name}' (as given here) is not supported by this server.", param=name
+        )
+
+
+def _invalid_shape(problem: str) -> InvalidRequestError:
+    """msgspec's message (`Expected `int`, got `str` - at `$.n``) as OpenAI would put it."""
+    if missing := re.match(r"Object missing required field `(\w+)`", problem):
+        name = missing[1]
+        return InvalidRequestError(
+            f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter"
+        )
+    at = re.search(r" - at `(?:key in )?\$\.?([^`]*)`$", problem)
+    param = at[1].replace("[...]", "") if at else None
+    what = problem[: at.start()] if at else problem
+    if param is None:
+        return InvalidRequestError(f"Invalid request: {_brief(what)}.")
+    return InvalidRequestError(
+        f"Invalid type for '{param}': {_brief(what)}.", param=param, code="invalid_type"
+    )
+
+
+def _brief(text: str) -> str:
+    """What a caller sent, short enough and encodable, to be quoted in a message."""
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _or_else(value: Any, default: Any) -> Any:
+    return default if value is None else value

@@ -1,0 +1,195 @@
+"""Pieces of text -> OpenAI's response bodies and stream events, as bytes. Knows no engine and no sockets."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from gateway.completion import Completion, Job, Piece, ScoredToken
+from gateway.errors import GatewayError, envelope
+from gateway.openai_schema import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    CompletionChoice,
+    CompletionLogprobs,
+    Delta,
+    Message,
+    PromptTokensDetails,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from gateway.openai_schema import Completion as CompletionBody
+
+DONE = b"data: [DONE]\n\n"
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(slots=True)
+class Answer:
+    """A finished choice."""
+
+    text: str = ""
+    tokens: list[ScoredToken] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.tokens += piece.tokens
+        if piece.finish_reason is not None:
+            self.finish_reason = piece.finish_reason.value
+
+
+class Writer(Protocol):
+    """How one endpoint writes what it has to say."""
+
+    def body(self, answers: list[Answer], usage: Usage) -> bytes:
+        """The whole response."""
+        ...
+
+    def opening(self) -> bytes:
+        """Events before the first piece."""
+        ...
+
+    def events(self, piece: Piece) -> bytes:
+        """Events of one piece; none for a piece without anything to show."""
+        ...
+
+    def closing(self, usage: Usage) -> bytes:
+        """Events after the last piece."""
+        ...
+
+
+class ChatWriter:
+    """`chat.completion` and `chat.completion.chunk`."""
+
+    def __init__(self, job: Job, *, logprobs: bool, include_usage: bool) -> None:
+        self._job = job
+        self._logprobs = logprobs
+        self._frame = _Frame(job, "chat.completion.chunk", include_usage)
+
+    def body(self, answers: list[Answer], usage: Usage) -> bytes:
+        choices = [
+            ChatChoice(index, Message(answer.text), self._chat_logprobs(answer.tokens), answer.finish_reason)
+            for index, answer in enumerate(answers)
+        ]
+        return _encode(ChatCompletion(self._job.id, self._job.created, self._job.model_id, choices, usage))
+
+    def opening(self) -> bytes:
+        roles = (
+            ChatChunkChoice(index, Delta(role="assistant", content=""))
+            for index in range(len(self._job.requests))
+        )
+        return b"".join(map(self._frame.event, roles))
+
+    def events(self, piece: Piece) -> bytes:
+        events = b""
+        if piece.text or piece.tokens:
+            logprobs = self._chat_logprobs(piece.tokens)
+            events = self._frame.event(ChatChunkChoice(piece.index, Delta(content=piece.text), logprobs))
+        if piece.finish_reason is not None:
+            last = ChatChunkChoice(piece.index, Delta(), finish_reason=piece.finish_reason.value)
+            events += self._frame.event(last)
+        return events
+
+    def closing(self, usage: Usage) -> bytes:
+        return self._frame.closing(usage)
+
+    def _chat_logprobs(self, tokens: list[ScoredToken]) -> ChatLogprobs | None:
+        if not self._logprobs:
+            return None
+        return ChatLogprobs(
+            [
+                TokenLogprob(
+                    token.text,
+                    token.logprob or 0.0,
+                    list(token.raw),
+                    [TopLogprob(text, logprob, list(raw)) for text, raw, logprob in token.top],
+                )
+                for token in tokens
+            ]
+        )
+
+
+class CompletionWriter:
+    """`text_completion`, whole and in events."""
+
+    def __init__(self, job: Job, *, logprobs: bool, include_usage: bool) -> None:
+        self._job = job
+        self._logprobs = logprobs
+        self._frame = _Frame(job, "text_completion", include_usage)
+
+    def body(self, answers: list[Answer], usage: Usage) -> bytes:
+        choices = [
+            CompletionChoice(
+                index, answer.text, self._completion_logprobs(answer.tokens), answer.finish_reason
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return _encode(CompletionBody(self._job.id, self._job.created, self._job.model_id, choices, usage))
+
+    def opening(self) -> bytes:
+        return b""
+
+    def events(self, piece: Piece) -> bytes:
+        if not (piece.text or piece.tokens or piece.finish_reason):
+            return b""
+        reason = piece.finish_reason.value if piece.finish_reason else None
+        return self._frame.event(
+            CompletionChoice(piece.index, piece.text, self._completion_logprobs(piece.tokens), reason)
+        )
+
+    def closing(self, usage: Usage) -> bytes:
+        return self._frame.closing(usage)
+
+    def _completion_logprobs(self, tokens: list[ScoredToken]) -> CompletionLogprobs | None:
+        if not self._logprobs:
+            return None
+        return CompletionLogprobs(
+            [token.text for token in tokens],
+            [token.logprob for token in tokens],
+            [_top_by_text(token) for token in tokens],
+            [token.offset for token in tokens],
+        )
+
+
+class _Frame:
+    """What all events of a stream share, written once."""
+
+    def __init__(self, job: Job, kind: str, include_usage: bool) -> None:
+        head = {"id": job.id, "object": kind, "created": job.created, "model": job.model_id}
+        self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._include_usage = include_usage
+
+    def event(self, choice: ChatChunkChoice | CompletionChoice) -> bytes:
+        return self._head + _encode(choice) + self._tail
+
+    def closing(self, usage: Usage) -> bytes:
+        if not self._include_usage:
+            return DONE
+        return self._head + b'],"usage":' + _encode(usage) + b"}\n\n" + DONE
+
+
+def error_event(error: GatewayError) -> bytes:
+    """The last event of a stream that failed; the SDK raises on it."""
+    return b"data: " + _encode(envelope(error)) + b"\n\n"
+
+
+def usage_of(completion: Completion) -> Usage:
+    prompt, output = completion.prompt_tokens, completion.completion_tokens
+    return Usage(prompt, output, prompt + output, PromptTokensDetails(completion.cached_tokens))
+
+
+def _top_by_text(token: ScoredToken) -> dict[str, float] | None:
+    """Likeliest first; the sampled token is always among them."""
+    if token.logprob is None:
+        return None
+    top: dict[str, float] = {}
+    for text, _, logprob in token.top:
+        top.setdefault(text, logprob)
+    top.setdefault(token.text, token.logprob)
+    return top

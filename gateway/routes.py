@@ -1,0 +1,315 @@
+"""The HTTP surface: which address does what. Decisions are made in the files it calls."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+
+import msgspec
+import structlog
+from litestar import Request, get, post
+from litestar.response.base import ASGIResponse
+from litestar.types import ASGIApp
+
+from engine.protocol import AdapterRef
+from gateway.access_log import RequestRecord, record_of
+from gateway.completion import (
+    DEFAULT_COMPLETION_TOKENS,
+    Completion,
+    Job,
+    Piece,
+    Prompt,
+    check_prompt_ids,
+    requests_of,
+    tokens_left,
+)
+from gateway.detokenizer import Detokenizer, detokenize
+from gateway.disconnect import while_connected
+from gateway.errors import GatewayError, InternalError, InvalidRequestError
+from gateway.metrics import Metrics
+from gateway.openai_request import (
+    check_chat,
+    check_completion,
+    check_messages,
+    check_token_ids,
+    decode,
+    sampling_of,
+    stops_of,
+)
+from gateway.openai_response import Answer, ChatWriter, CompletionWriter, Writer, error_event, usage_of
+from gateway.openai_schema import (
+    ChatFields,
+    CompletionFields,
+    DetokenizeFields,
+    GenerationFields,
+    ModelList,
+    Text,
+    TokenizeFields,
+    Tokens,
+)
+from gateway.served_model import ModelText, ServedModel, ServedModels
+from gateway.sse import EventStream
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+Prepared = tuple[ServedModel, Job, Writer]
+
+
+@get("/healthz")
+async def healthz() -> ASGIApp:
+    """Alive."""
+    return _json({"status": "ok"})
+
+
+@get("/readyz")
+async def readyz(request: Request) -> ASGIApp:
+    """Ready once an engine is connected: with several, one that is down must not take the others away."""
+    engines = {model.name: "ready" if model.client.connected else "unavailable" for model in _models(request)}
+    ready = "ready" in engines.values()
+    return _json({"status": "ready" if ready else "unavailable", "models": engines}, 200 if ready else 503)
+
+
+@get("/metrics")
+async def metrics(request: Request) -> ASGIApp:
+    """Prometheus."""
+    metrics: Metrics = request.app.state.metrics
+    for model in _models(request):
+        metrics.observe_engine(model.name, model.client.status)
+    return ASGIResponse(body=metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+@get("/v1/models")
+async def list_models(request: Request) -> ASGIApp:
+    """Every base model, and every adapter as `<base>/<task>`."""
+    return _json(ModelList(await asyncio.to_thread(_models(request).cards)))
+
+
+@get("/v1/models/{model_id:path}")
+async def retrieve_model(request: Request) -> ASGIApp:
+    """One model; its id may hold slashes, encoded or not."""
+    model_id = str(request.path_params["model_id"]).removeprefix("/")
+    return _json(await asyncio.to_thread(_models(request).find_card, model_id))
+
+
+@post("/v1/chat/completions", status_code=200)
+async def chat_completions(request: Request) -> ASGIApp:
+    """OpenAI's chat."""
+    fields = decode(await request.body(), ChatFields)
+    messages = check_chat(fields)
+    model, adapter = _find(request, fields.model)
+    text = model.text
+    check_token_ids(fields, text.facts.vocab_size)
+
+    async def prepare() -> Prepared:
+        prompt = Prompt(await text.encode_chat(messages))
+        wanted = fields.max_completion_tokens or fields.max_tokens
+        limit = tokens_left(len(prompt.token_ids), wanted, None, text.facts.max_model_len, "messages")
+        logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
+        job = _job("chatcmpl", fields, text, adapter, [prompt], [limit], logprobs=logprobs)
+        writer = ChatWriter(job, logprobs=bool(fields.logprobs), include_usage=_includes_usage(fields))
+        return model, job, writer
+
+    return await _answer(request, prepare, bool(fields.stream))
+
+
+@post("/v1/completions", status_code=200)
+async def completions(request: Request) -> ASGIApp:
+    """OpenAI's legacy completions."""
+    fields = decode(await request.body(), CompletionFields)
+    given = check_completion(fields)
+    model, adapter = _find(request, fields.model)
+    text = model.text
+    check_token_ids(fields, text.facts.vocab_size)
+
+    async def prepare() -> Prepared:
+        prompts: list[Prompt] = []
+        limits: list[int] = []
+        for each in given:
+            prompt = await _prompt(each, text, echo=bool(fields.echo), scores=fields.logprobs is not None)
+            length = len(prompt.token_ids)
+            limits.append(
+                tokens_left(
+                    length, fields.max_tokens, DEFAULT_COMPLETION_TOKENS, text.facts.max_model_len, "prompt"
+                )
+            )
+            prompts.append(prompt)
+        job = _job("cmpl", fields, text, adapter, prompts, limits, logprobs=fields.logprobs)
+        writer = CompletionWriter(
+            job, logprobs=fields.logprobs is not None, include_usage=_includes_usage(fields)
+        )
+        return model, job, writer
+
+    return await _answer(request, prepare, bool(fields.stream))
+
+
+@post("/tokenize", status_code=200)
+async def tokenize(request: Request) -> ASGIApp:
+    """Token ids of a prompt, or of messages under the chat template."""
+    fields = decode(await request.body(), TokenizeFields)
+    model, _ = _find(request, fields.model)
+    text = model.text
+    if (fields.prompt is None) == (fields.messages is None):
+        raise InvalidRequestError("Give either 'prompt' or 'messages'.", param="prompt")
+    if fields.messages is not None:
+        tokens = await text.encode_chat(check_messages(fields.messages))
+    else:
+        tokens = await text.tokenizer.encode(
+            fields.prompt or "", add_special_tokens=fields.add_special_tokens
+        )
+    return _json(Tokens(tokens, len(tokens), text.facts.max_model_len))
+
+
+@post("/detokenize", status_code=200)
+async def detokenize_tokens(request: Request) -> ASGIApp:
+    """The text of token ids, special tokens written out."""
+    fields = decode(await request.body(), DetokenizeFields)
+    model, _ = _find(request, fields.model)
+    check_prompt_ids(fields.tokens, model.text.facts.vocab_size)
+    return _json(Text(detokenize(model.text.tokenizer, fields.tokens, keep_special=True)))
+
+
+ROUTES = [
+    healthz,
+    readyz,
+    metrics,
+    list_models,
+    retrieve_model,
+    chat_completions,
+    completions,
+    tokenize,
+    detokenize_tokens,
+]
+
+
+async def _answer(request: Request, prepare: Callable[[], Awaitable[Prepared]], stream: bool) -> ASGIApp:
+    """Run a request to its end, or, for a stream, to its first token: until then an error is an HTTP error."""
+    record = record_of(request.scope)
+
+    async def run() -> ASGIApp:
+        model, job, writer = await prepare()
+        generation = model.client.generate(job.requests)
+        completion = Completion(job, generation)
+        streaming = False
+
+        def close() -> None:
+            generation.close()
+            record.prompt_tokens = completion.prompt_tokens
+            record.cached_tokens = completion.cached_tokens
+            record.completion_tokens = completion.completion_tokens
+
+        try:
+            pieces = completion.pieces()
+            first = await anext(pieces)
+            record.first_token_s = time.perf_counter()
+            if stream:
+                streaming = True
+                return EventStream(_events(writer, completion, first, pieces, record), close)
+            answers = [Answer() for _ in job.requests]
+            _collect(answers, first)
+            async for each in pieces:
+                _collect(answers, each)
+            return _json_bytes(writer.body(answers, usage_of(completion)))
+        finally:
+            if not streaming:
+                close()
+
+    return await while_connected(run(), request.receive)
+
+
+async def _events(
+    writer: Writer,
+    completion: Completion,
+    first: list[Piece],
+    pieces: AsyncIterator[list[Piece]],
+    record: RequestRecord,
+) -> AsyncGenerator[bytes]:
+    """The bytes of a stream. A failure after its start can only be an event in it."""
+    try:
+        yield writer.opening() + b"".join(map(writer.events, first))
+        async for each in pieces:
+            if events := b"".join(map(writer.events, each)):
+                yield events
+    except GatewayError as error:
+        record.error = error.code
+        yield error_event(error)
+    except Exception:
+        log.exception("stream_failed", request_id=record.request_id)
+        record.error = InternalError.code
+        yield error_event(InternalError("The server failed while working on this request."))
+    else:
+        yield writer.closing(usage_of(completion))
+
+
+def _collect(answers: list[Answer], pieces: list[Piece]) -> None:
+    for piece in pieces:
+        answers[piece.index].add(piece)
+
+
+async def _prompt(given: str | list[int], text: ModelText, *, echo: bool, scores: bool) -> Prompt:
+    tokenizer = text.tokenizer
+    if isinstance(given, str):
+        token_ids = await tokenizer.encode(given, add_special_tokens=True)
+        offsets = tokenizer.offsets(given, add_special_tokens=True) if echo and scores else None
+        return Prompt(token_ids, given if echo else None, offsets)
+    check_prompt_ids(given, text.facts.vocab_size)
+    if not echo:
+        return Prompt(given)
+    detokenizer = Detokenizer(tokenizer, keep_special=True)
+    written, offsets = "", []
+    for token_id in given:
+        offsets.append(len(written))
+        written += detokenizer.feed([token_id])
+    return Prompt(given, written + detokenizer.flush(), offsets if scores else None)
+
+
+def _job(
+    prefix: str,
+    fields: GenerationFields,
+    text: ModelText,
+    adapter: AdapterRef | None,
+    prompts: list[Prompt],
+    limits: list[int],
+    *,
+    logprobs: int | None,
+) -> Job:
+    echo = prompts[0].echo is not None
+    job_id = f"{prefix}-{uuid.uuid4().hex}"
+    n = fields.n or 1
+    sampling = sampling_of(fields, logprobs=logprobs, prompt_logprobs=logprobs if echo else None)
+    requests = requests_of(
+        job_id, prompts, n, [max(1, limit) for limit in limits], sampling, fields.seed, adapter
+    )
+    return Job(
+        id=job_id,
+        model_id=fields.model,
+        created=int(time.time()),
+        tokenizer=text.tokenizer,
+        prompts=prompts,
+        requests=requests,
+        n=n,
+        stops=stops_of(fields),
+        continues=prefix == "cmpl",
+        discards_output=limits[0] == 0,
+    )
+
+
+def _includes_usage(fields: GenerationFields) -> bool:
+    return bool(fields.stream_options and fields.stream_options.include_usage)
+
+
+def _models(request: Request) -> ServedModels:
+    return request.app.state.models
+
+
+def _find(request: Request, model_id: str) -> tuple[ServedModel, AdapterRef | None]:
+    model, adapter = _models(request).find(model_id)
+    record_of(request.scope).model = model_id
+    return model, adapter
+
+
+def _json(value: msgspec.Struct | dict, status: int = 200) -> ASGIApp:
+    return _json_bytes(msgspec.json.encode(value), status)
+
+
+def _json_bytes(body: bytes, status: int = 200) -> ASGIApp:
+    return ASGIResponse(body=body, media_type="application/json", status_code=status)

@@ -1,0 +1,139 @@
+"""One base model as the gateway sees it: its text side, its adapters, its engine; and all of them by name."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from engine.protocol import AdapterRef, ModelFacts
+from gateway.catalog import Catalog, ListedAdapter
+from gateway.chat_template import ChatTemplate, ChatTemplateError, read_chat_template
+from gateway.config import GatewayConfig, ModelConfig
+from gateway.engine_client import RETRY_AFTER_S, EngineClient, EngineFilesError
+from gateway.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
+from gateway.openai_schema import Model
+from gateway.tokenizer import Tokenizer, TokenizerError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """What turns text into tokens and back, made of the engine's files."""
+
+    facts: ModelFacts
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+    async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The prompt of a chat, as transformers' `apply_chat_template` gives it.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or it refuses the messages.
+        """
+        if self.template is None:
+            raise InvalidRequestError(
+                f"{self.facts.name} has no chat template; use /v1/completions.", param="messages"
+            )
+        try:
+            prompt = self.template.render(messages)
+        except ChatTemplateError as error:
+            raise InvalidRequestError(str(error), param="messages") from error
+        return await self.tokenizer.encode(prompt, add_special_tokens=False)
+
+
+class ServedModel:
+    """One base model and its adapters."""
+
+    def __init__(self, model: ModelConfig, session: aiohttp.ClientSession, request_timeout_s: float) -> None:
+        self.name = model.name
+        self.catalog = Catalog(model)
+        self.client = EngineClient(model.engine, session, self._read_files, request_timeout_s)
+        self._text: ModelText | None = None
+        self._started = int(time.time())
+
+    @property
+    def text(self) -> ModelText:
+        """Raises `UnavailableError` until the engine was reached once."""
+        if self._text is None:
+            raise UnavailableError(
+                f"The engine of {self.name!r} is not ready yet.", retry_after_s=RETRY_AFTER_S
+            )
+        return self._text
+
+    def card(self) -> Model:
+        return Model(self.name, self._started, root=self.name, parent=None, max_model_len=self._max_model_len)
+
+    def adapter_card(self, adapter: ListedAdapter) -> Model:
+        return Model(
+            f"{self.name}/{adapter.task}",
+            adapter.created,
+            root=self.name,
+            parent=self.name,
+            max_model_len=self._max_model_len,
+        )
+
+    @property
+    def _max_model_len(self) -> int | None:
+        return self._text.facts.max_model_len if self._text else None
+
+    def _read_files(self, facts: ModelFacts, files: dict[str, bytes]) -> None:
+        try:
+            tokenizer = Tokenizer(files["tokenizer.json"])
+            template = read_chat_template(files["tokenizer_config.json"])
+        except KeyError as error:
+            raise EngineFilesError(f"The engine offers no {error.args[0]}.") from error
+        except (TokenizerError, ChatTemplateError) as error:
+            raise EngineFilesError(str(error)) from error
+        self._text = ModelText(facts, tokenizer, template)
+
+
+class ServedModels:
+    """Every model of the gateway by its public name."""
+
+    def __init__(self, config: GatewayConfig, session: aiohttp.ClientSession) -> None:
+        self._models = {
+            model.name: ServedModel(model, session, config.request_timeout_s) for model in config.models
+        }
+
+    def __iter__(self):
+        return iter(self._models.values())
+
+    def find(self, model_id: str) -> tuple[ServedModel, AdapterRef | None]:
+        """The base that `model_id` names, and the adapter on it if it names one.
+
+        Raises:
+            ModelNotFoundError: there is neither.
+        """
+        if (model := self._models.get(model_id)) is not None:
+            return model, None
+        base, _, task = model_id.rpartition("/")
+        model = self._models.get(base)
+        adapter = model.catalog.find(task) if model else None
+        if model is None or adapter is None:
+            raise unknown_model(model_id)
+        return model, adapter
+
+    def cards(self) -> list[Model]:
+        """All bases and all adapters that can be listed. Reads directories."""
+        return [
+            card
+            for model in self
+            for card in [model.card(), *(model.adapter_card(adapter) for adapter in model.catalog.listed())]
+        ]
+
+    def find_card(self, model_id: str) -> Model:
+        """Raises `ModelNotFoundError`. Reads directories."""
+        model, adapter = self.find(model_id)
+        if adapter is None:
+            return model.card()
+        for listed in model.catalog.listed():
+            if adapter.name == f"{model.name}/{listed.task}":
+                return model.adapter_card(listed)
+        raise unknown_model(model_id)
+
+
+def unknown_model(model_id: str) -> ModelNotFoundError:
+    name = model_id.encode(errors="replace").decode()[:200]
+    return ModelNotFoundError(
+        f"The model '{name}' does not exist. GET /v1/models lists the models there are.", param="model"
+    )
