@@ -10,6 +10,7 @@ class SequenceState(Enum):
     """WAITING_ADAPTER -> WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING by preemption; any -> FINISHED by abort."""
 
     WAITING_ADAPTER = auto()
+    """Not with the scheduler yet."""
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
@@ -31,13 +32,15 @@ class Sequence:
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first admitted."""
     block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    """Prefix-cache keys of the full blocks hashed so far."""
     adapter_digest: str | None = None
     """Identity of the adapter's content; None for the base model. Part of every prefix-cache key."""
     slot: int | None = None
     """The adapter's device slot while resident; None for the base model."""
     seed: int = 0
     """The request's seed, or one the engine drew."""
-    state: SequenceState = SequenceState.WAITING
+    state: SequenceState = SequenceState.WAITING_ADAPTER
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Filled while the prompt is computed, when asked for."""

@@ -1,0 +1,89 @@
+"""`EngineConfig`: the `[engine]` table of the TOML file. Knows no model."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the file, the key and what to change."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything an engine must be told. README.md documents every key."""
+
+    model: str
+    """`package:NAME` (a GGUF inside an installed package), a .gguf file, or a Hugging Face directory."""
+    name: str
+    """The model's public name."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    host: str = "127.0.0.1"
+    port: int = 8100
+    max_model_len: int = 2048
+    """Prompt plus output tokens of one request; capped by the model's own limit."""
+    kv_cache_mib: int = 512
+    max_batch_tokens: int = 512
+    """Token budget of one step: decodes first, the rest for chunks of prompts."""
+    max_sequences: int = 64
+    """Sequences that run at once."""
+    max_waiting: int = 1024
+    """Requests that may wait; one more is refused as overloaded."""
+    adapter_slots: int = 64
+    """Adapters that can be resident at once."""
+    adapter_device_mib: int = 512
+    adapter_host_mib: int = 1024
+    prefix_caching: bool = True
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    threads: int = 0
+    """Compute threads; 0 for one per core."""
+
+
+def load_config(path: str | Path) -> EngineConfig:
+    """Read the `[engine]` table of a TOML file; a relative model path is relative to that file.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, missing or out of range.
+    """
+    path = Path(path)
+    try:
+        document = msgspec.toml.decode(path.read_bytes())
+        if "engine" not in document:
+            raise ConfigError(f"{path}: there is no [engine] table.")
+        config = msgspec.convert(document["engine"], EngineConfig)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ConfigError(f"{path}: [engine]: {error}") from error
+    check_config(config, str(path))
+    if not config.model.startswith("package:"):
+        config = msgspec.structs.replace(config, model=str(path.absolute().parent / config.model))
+    return config
+
+
+def check_config(config: EngineConfig, source: str) -> None:
+    """Raises `ConfigError` for a value out of range."""
+    lowest = {
+        "port": 0,
+        "threads": 0,
+        "max_model_len": 2,
+        "kv_cache_mib": 1,
+        "max_batch_tokens": 1,
+        "max_sequences": 1,
+        "max_waiting": 1,
+        "adapter_slots": 1,
+        "adapter_device_mib": 1,
+        "adapter_host_mib": 1,
+    }
+    for key, low in lowest.items():
+        if getattr(config, key) < low:
+            raise ConfigError(
+                f"{source}: [engine]: {key}: must be at least {low}, not {getattr(config, key)}."
+            )
+    if config.port > 65535:
+        raise ConfigError(f"{source}: [engine]: port: must be at most 65535, not {config.port}.")
+    if config.max_sequences > config.max_batch_tokens:
+        raise ConfigError(
+            f"{source}: [engine]: max_sequences ({config.max_sequences}) cannot exceed max_batch_tokens "
+            f"({config.max_batch_tokens}): every running sequence needs a token of each step."
+        )

@@ -1,0 +1,436 @@
+"""The engine's own thread: inbox -> adapters -> schedule -> run -> outputs. Knows no sockets and no tensors.
+
+All bookkeeping (sequences, blocks, residency) happens on this thread. Adapter files are read on a loader thread, whose
+results come back through the same inbox as the requests.
+"""
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import structlog
+
+from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, adapter_version
+from engine.config import EngineConfig
+from engine.kv_blocks import BlockPool
+from engine.metrics import EngineMetrics
+from engine.protocol import (
+    AdapterRef,
+    EngineStatus,
+    FinishReason,
+    Generate,
+    RejectCode,
+    Rejected,
+    SequenceOutput,
+    StepOutput,
+)
+from engine.residency import AdapterState, Copy, Drop, Evict, Fetch, Residency, Version
+from engine.scheduler import Progress, Scheduler
+from engine.sequence import Sequence, SequenceState
+from engine.step import Runner
+
+log = structlog.get_logger()
+
+Message = StepOutput | Rejected
+Deliver = Callable[[dict[int, list[Message]]], None]
+"""Called on the loop's thread with what each connection is to be sent; must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the loop must know of the model to judge a request."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+class EngineLoop:
+    """Start it, submit and abort from any thread, stop it.
+
+    Args:
+        read_adapter: Reads and checks an adapter's files (loader thread); raises `AdapterError`.
+        device_bytes: Bytes of an adapter in device form.
+        on_crash: Called on the loop's thread when its own bookkeeping failed and it had to end. The process must
+            then end too, so that every gateway notices.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        limits: ModelLimits,
+        deliver: Deliver,
+        *,
+        read_adapter: Callable[[AdapterRef], HostAdapter],
+        device_bytes: Callable[[HostAdapter], int],
+        metrics: EngineMetrics | None = None,
+        version_of: Callable[[AdapterRef], Hashable] = lambda ref: adapter_version(ref.uri),
+        clock: Callable[[], float] = time.monotonic,
+        on_crash: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._runner = runner
+        self._config = config
+        self._limits = limits
+        self._deliver = deliver
+        self._read_adapter = read_adapter
+        self._device_bytes = device_bytes
+        self._version_of = version_of
+        self._clock = clock
+        self._on_crash = on_crash
+        self.metrics = metrics or EngineMetrics()
+        self.pool = BlockPool(runner.num_blocks, runner.block_size, config.prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_batch_tokens=config.max_batch_tokens,
+            max_sequences=config.max_sequences,
+            max_model_len=limits.max_model_len,
+            eos_token_ids=limits.eos_token_ids,
+        )
+        mib = 2**20
+        self.residency = Residency(
+            config.adapter_slots, config.adapter_host_mib * mib, config.adapter_device_mib * mib
+        )
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._loader = ThreadPoolExecutor(1, "adapter-loader")
+        self._host: dict[Version, HostAdapter] = {}
+        self._sequences: dict[tuple[int, str], Sequence] = {}
+        self._versions: dict[int, Version] = {}
+        self._waiting_adapter: dict[Version, list[Sequence]] = {}
+        self._last_token_s: dict[int, float] = {}
+        self._outbox: dict[int, list[Message]] = {}
+        self._resident_names: list[str] = []
+        self._next_key = 0
+        self._requests_per_s = 0.0
+        self._counted_preemptions = 0
+        self._stopping = False
+        self.alive_s = clock()
+        """When the loop last came round; a health check compares it with the clock."""
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Refuse what is open and end the thread."""
+        self._inbox.put(self._stop)
+        self._thread.join(timeout_s)
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, connection: int, request: Generate) -> None:
+        self._inbox.put(partial(self._accept, connection, request))
+
+    def abort(self, connection: int, request_id: str) -> None:
+        self._inbox.put(partial(self._abort, connection, request_id))
+
+    def disconnect(self, connection: int) -> None:
+        """Abort everything of a connection that is gone."""
+        self._inbox.put(partial(self._disconnect, connection))
+
+    def status(self) -> EngineStatus:
+        """A snapshot, from any thread."""
+        return EngineStatus(
+            running=self.scheduler.num_running,
+            waiting=max(0, len(self._sequences) - self.scheduler.num_running),
+            kv_blocks_total=self.pool.num_blocks,
+            kv_blocks_free=self.pool.num_available,
+            adapters_resident=self._resident_names,
+        )
+
+    def _run(self) -> None:
+        log.info("loop_started", kv_blocks=self.pool.num_blocks, block_size=self.pool.block_size)
+        try:
+            self._work()
+        except Exception:
+            log.exception("loop_crashed", open_requests=len(self._sequences))
+            self._on_crash()
+        log.info("loop_stopped")
+
+    def _work(self) -> None:
+        worked = False
+        while not self._stopping:
+            self._drain_inbox(block=not worked)
+            if self._stopping:
+                break
+            self._load_adapters()
+            worked = self._step()
+            self._send()
+        self._send()
+
+    def _drain_inbox(self, block: bool) -> None:
+        """Do what has arrived; with nothing else to do, wait for it (but look round every second)."""
+        self.alive_s = self._clock()
+        try:
+            if block:
+                self._inbox.get(timeout=1.0)()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _step(self) -> bool:
+        """Compute one step, if there is anything to compute."""
+        plan = self.scheduler.schedule()
+        if not plan.chunks:
+            return False
+        started = self._clock()
+        for chunk in plan.chunks:
+            if chunk.start == chunk.sequence.num_cached and not chunk.sequence.num_generated:
+                self.metrics.cached_tokens.inc(chunk.sequence.num_cached)
+        try:
+            result = self._runner.run(plan)
+        except Exception:
+            log.exception("step_failed", sequences=len(plan.chunks), tokens=plan.num_tokens)
+            for chunk in plan.chunks:
+                self._reject(
+                    chunk.sequence, RejectCode.INTERNAL, "The engine failed while working on this request."
+                )
+            return True
+        now = self._clock()
+        self.metrics.step_seconds.observe(now - started)
+        self._report(self.scheduler.apply(plan, result), now)
+        return True
+
+    def _report(self, progress: list[Progress], now: float) -> None:
+        outputs: dict[int, list[SequenceOutput]] = {}
+        for made in progress:
+            sequence = made.sequence
+            first = sequence.key not in self._last_token_s
+            prompt_logprobs = None
+            if first:
+                self.metrics.time_to_first_token.observe(now - sequence.arrival_s)
+                if sequence.request.sampling.prompt_logprobs is not None:
+                    prompt_logprobs = sequence.prompt_logprobs
+            else:
+                self.metrics.inter_token.observe(now - self._last_token_s[sequence.key])
+            self._last_token_s[sequence.key] = now
+            self.metrics.generated_tokens.inc()
+            self.metrics.adapter_tokens.labels(_adapter_label(sequence)).inc()
+            outputs.setdefault(sequence.connection, []).append(
+                SequenceOutput(
+                    sequence.request.request_id,
+                    made.token_ids,
+                    made.finish_reason,
+                    sequence.num_cached if first else 0,
+                    made.logprobs,
+                    prompt_logprobs,
+                )
+            )
+            if made.finish_reason is not None:
+                self._forget(sequence, str(made.finish_reason))
+        for connection, found in outputs.items():
+            self._outbox.setdefault(connection, []).append(StepOutput(found))
+
+    def _accept(self, connection: int, request: Generate) -> None:
+        now = self._clock()
+        refusal = self._refusal(connection, request)
+        if refusal is not None:
+            self.metrics.requests.labels(request.adapter.name if request.adapter else "", refusal.code).inc()
+            self._outbox.setdefault(connection, []).append(refusal)
+            return
+        seed = request.sampling.seed
+        sequence = Sequence(
+            key=self._next_key,
+            request=request,
+            arrival_s=now,
+            connection=connection,
+            seed=random.getrandbits(63) if seed is None else seed,
+        )
+        self._next_key += 1
+        self._sequences[connection, request.request_id] = sequence
+        self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
+        if request.adapter is None:
+            self.scheduler.add(sequence)
+            return
+        try:
+            version = Version(request.adapter, self._version_of(request.adapter))
+        except AdapterError as error:
+            self._reject(sequence, _code_of(error), str(error))
+            return
+        self._versions[sequence.key] = version
+        self._waiting_adapter.setdefault(version, []).append(sequence)
+        self.residency.want(version, now)
+
+    def _refusal(self, connection: int, request: Generate) -> Rejected | None:
+        """Why a request is not even queued, or None."""
+        limits, sampling, length = self._limits, request.sampling, len(request.prompt)
+
+        def refuse(code: RejectCode, message: str, retry_after_s: float | None = None) -> Rejected:
+            return Rejected(request.request_id, code, message, retry_after_s)
+
+        if (connection, request.request_id) in self._sequences:
+            return refuse(RejectCode.INVALID, f"The request id {request.request_id!r} is in use.")
+        if self._stopping:
+            return refuse(RejectCode.UNAVAILABLE, "The engine is shutting down.", 1.0)
+        if not length:
+            return refuse(RejectCode.INVALID, "The prompt is empty.")
+        if length >= self.scheduler.max_len:
+            limit = self.scheduler.max_len
+            return refuse(
+                RejectCode.CONTEXT_LENGTH,
+                f"This model's maximum context length is {limit} tokens, however the prompt has {length} tokens "
+                "and at least one must be left for the answer. Shorten the prompt.",
+            )
+        ids = [*request.prompt, *sampling.logit_bias, *sampling.stop_token_ids]
+        if min(ids) < 0 or max(ids) >= limits.vocab_size:
+            return refuse(RejectCode.INVALID, f"Token ids must lie between 0 and {limits.vocab_size - 1}.")
+        if sampling.max_tokens < 1:
+            return refuse(RejectCode.INVALID, "max_tokens must be at least 1.")
+        waiting = len(self._sequences) - self.scheduler.num_running
+        if waiting >= self._config.max_waiting:
+            wait_s = min(60.0, max(1.0, waiting / max(self._requests_per_s, 0.1)))
+            return refuse(
+                RejectCode.OVERLOADED, f"The engine's queue is full ({waiting} requests wait).", wait_s
+            )
+        return None
+
+    def _abort(self, connection: int, request_id: str) -> None:
+        sequence = self._sequences.get((connection, request_id))
+        if sequence is not None:
+            self._forget(sequence, "abort")
+
+    def _disconnect(self, connection: int) -> None:
+        for key, request_id in list(self._sequences):
+            if key == connection:
+                self._abort(connection, request_id)
+        self._outbox.pop(connection, None)
+
+    def _reject(self, sequence: Sequence, code: RejectCode, message: str) -> None:
+        self._outbox.setdefault(sequence.connection, []).append(
+            Rejected(sequence.request.request_id, code, message)
+        )
+        self._forget(sequence, code)
+
+    def _forget(self, sequence: Sequence, outcome: str) -> None:
+        """Free everything a sequence holds, whatever state it is in."""
+        now = self._clock()
+        waited_for_adapter = sequence.state is SequenceState.WAITING_ADAPTER
+        if sequence.state is not SequenceState.FINISHED:
+            self.scheduler.abort(sequence)
+        version = self._versions.pop(sequence.key, None)
+        if version is not None and waited_for_adapter:
+            self._waiting_adapter[version].remove(sequence)
+            if not self._waiting_adapter[version]:
+                del self._waiting_adapter[version]
+            self.residency.cancel(version, now)
+        elif version is not None:
+            self.residency.release(version, now)
+        self._last_token_s.pop(sequence.key, None)
+        del self._sequences[sequence.connection, sequence.request.request_id]
+        self.metrics.requests.labels(_adapter_label(sequence), outcome).inc()
+        if outcome in (FinishReason.STOP, FinishReason.LENGTH):
+            spent_s = max(now - sequence.arrival_s, 1e-3)
+            rate = (self.scheduler.num_running + 1) / spent_s
+            self._requests_per_s += 0.1 * (rate - self._requests_per_s)
+
+    def _load_adapters(self) -> None:
+        """Admit what has become resident, refuse what failed, and start the I/O that residency asks for."""
+        if not self._waiting_adapter and not self._versions and not self._host:
+            return
+        now = self._clock()
+        for version, sequences in list(self._waiting_adapter.items()):
+            failure = self.residency.failure(version)
+            for sequence in list(sequences):
+                if failure is not None:
+                    self._reject(sequence, RejectCode.ADAPTER_INVALID, failure)
+                elif self.residency.ready(version):
+                    sequence.slot, sequence.adapter_digest = self.residency.admit(version, now)
+                    sequences.remove(sequence)
+                    self.scheduler.add(sequence)
+            if not sequences:
+                self._waiting_adapter.pop(version, None)
+        for action in self.residency.actions(now):
+            match action:
+                case Fetch(version):
+                    self._loader.submit(self._fetch, version)
+                case Copy(version, slot):
+                    self._loader.submit(self._copy, version, slot, self._host[version])
+                case Evict(version, slot):
+                    self._runner.remove_adapter(slot)
+                    self.metrics.evictions.inc()
+                case Drop(version):
+                    self._host.pop(version, None)
+        self._resident_names = self.residency.resident_names()
+
+    def _fetch(self, version: Version) -> None:
+        """On the loader thread."""
+        started = self._clock()
+        try:
+            adapter = self._read_adapter(version.ref)
+        except AdapterError as error:
+            self._inbox.put(partial(self._adapter_failed, version, str(error)))
+        except Exception as error:
+            log.exception("adapter_failed", adapter=version.ref.name)
+            reason = f"The adapter {version.ref.name!r} cannot be read: {type(error).__name__}: {error}"
+            self._inbox.put(partial(self._adapter_failed, version, reason))
+        else:
+            self._inbox.put(partial(self._fetched, version, adapter, self._clock() - started))
+
+    def _copy(self, version: Version, slot: int, adapter: HostAdapter) -> None:
+        """On the loader thread."""
+        try:
+            prepared = self._runner.prepare_adapter(adapter)
+        except Exception as error:
+            log.exception("adapter_failed", adapter=version.ref.name)
+            reason = f"The adapter {version.ref.name!r} cannot be loaded: {type(error).__name__}: {error}"
+            self._inbox.put(partial(self._adapter_failed, version, reason))
+        else:
+            self._inbox.put(partial(self._copied, version, slot, prepared))
+
+    def _fetched(self, version: Version, adapter: HostAdapter, seconds: float) -> None:
+        self.metrics.load_seconds.observe(seconds)
+        self._host[version] = adapter
+        log.info(
+            "adapter_fetched",
+            adapter=version.ref.name,
+            digest=adapter.digest[:12],
+            ms=round(seconds * 1e3, 1),
+        )
+        device_bytes = self._device_bytes(adapter)
+        self.residency.fetched(version, adapter.digest, adapter.num_bytes, device_bytes, self._clock())
+
+    def _copied(self, version: Version, slot: int, prepared: Any) -> None:
+        self._runner.install_adapter(slot, prepared)
+        self.residency.copied(version)
+
+    def _adapter_failed(self, version: Version, reason: str) -> None:
+        log.warning("adapter_refused", adapter=version.ref.name, reason=reason)
+        self._host.pop(version, None)
+        self.residency.failed(version, reason, self._clock())
+
+    def _send(self) -> None:
+        """Hand over what has gathered, and set the gauges."""
+        metrics = self.metrics
+        metrics.running.set(self.scheduler.num_running)
+        metrics.waiting.set(len(self._sequences) - self.scheduler.num_running)
+        metrics.kv_blocks.set(self.pool.num_blocks)
+        metrics.kv_blocks_available.set(self.pool.num_available)
+        for state in AdapterState:
+            metrics.adapters.labels(state.name.lower()).set(self.residency.count(state))
+        preemptions = self.scheduler.num_preemptions
+        metrics.preemptions.inc(preemptions - self._counted_preemptions)
+        self._counted_preemptions = preemptions
+        if self._outbox:
+            outbox, self._outbox = self._outbox, {}
+            self._deliver(outbox)
+
+    def _stop(self) -> None:
+        for sequence in list(self._sequences.values()):
+            self._reject(sequence, RejectCode.UNAVAILABLE, "The engine is shutting down.")
+        self._stopping = True
+
+
+def _adapter_label(sequence: Sequence) -> str:
+    return sequence.request.adapter.name if sequence.request.adapter else ""
+
+
+def _code_of(error: AdapterError) -> RejectCode:
+    if isinstance(error, AdapterNotFoundError):
+        return RejectCode.ADAPTER_NOT_FOUND
+    return RejectCode.ADAPTER_INVALID
