@@ -1,6 +1,7 @@
 """Tiny random checkpoints and adapters, written by transformers and peft as anybody would. Knows nothing of ours."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def write_tiny_adapter(
         task_type="CAUSAL_LM",
     )
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model = peft.get_peft_model(base, config)
+    with warnings.catch_warnings():  # peft calls what transformers has just deprecated
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        model = peft.get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
