@@ -119,6 +119,15 @@ def distribution(samples: Iterable[float]) -> Distribution:
     return Distribution(samples=len(ordered), average=_average(ordered), p50=p50, p90=p90, p99=p99)
 
 
+def ticks_missed(late_s: float, interval_s: float) -> list[float]:
+    """How late each tick of a steady clock was, given one sleeper that woke `late_s` late.
+
+    A stall of two seconds delays everything that fell into it, not one sample: without this, the longer a process
+    stands still the less its percentiles show of it.
+    """
+    return [late_s - number * interval_s for number in range(1 + int(max(0.0, late_s) / interval_s))]
+
+
 def total_time(row: RequestRow) -> float | None:
     return None if row.done is None else row.done - row.sent
 

@@ -76,7 +76,7 @@ class StageEnded(msgspec.Struct, frozen=True, kw_only=True, tag="stage_ended"):
     client_cpu_share: float
     """CPU seconds of the load process over seconds of the steady window; 1.0 is one full core."""
     loop_lag_ms: tuple[float, float, float]
-    """p50, p99 and maximum by which a 10 ms sleep in the event loop came late, over the steady window."""
+    """p50, p99 and maximum by which ticks of 10 ms came late in the event loop, over the steady window."""
     locust_requests: int
     locust_failures: int
     locust_average_ms: float

@@ -17,6 +17,7 @@ from locust.clients import HttpSession
 from locust.env import Environment
 from locust.event import EventHook
 
+from loadtest.metrics import percentile, ticks_missed
 from loadtest.plan import RunPlan, Stage
 from loadtest.record import Message, StageEnded, StageStarted, Trouble
 from loadtest.user import RequestSource, go_direct, stage_user
@@ -118,17 +119,16 @@ class SelfProbe:
     @property
     def lag_ms(self) -> tuple[float, float, float]:
         """p50, p99, maximum."""
-        late = sorted(self._late)
-        if not late:
-            return (0.0, 0.0, 0.0)
-        p50, p99, most = (late[min(len(late) - 1, int(len(late) * q))] * 1000 for q in (0.5, 0.99, 1.0))
-        return (round(p50, 3), round(p99, 3), round(most, 3))
+        late = sorted(self._late) or [0.0]
+        p50, p99, most = (round(percentile(late, percent) * 1000, 3) for percent in (50, 99, 100))
+        return (p50, p99, most)
 
     def _watch(self) -> None:
         while True:
             before = perf_counter()
             gevent.sleep(LAG_INTERVAL_S)
-            self._late.append(max(0.0, perf_counter() - before - LAG_INTERVAL_S))
+            late = max(0.0, perf_counter() - before - LAG_INTERVAL_S)
+            self._late += ticks_missed(late, LAG_INTERVAL_S)
 
 
 _encoder = msgspec.json.Encoder()

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from loadtest.metrics import distribution, model_figures, percentile, stage_figures, tpot
+from loadtest.metrics import distribution, model_figures, percentile, stage_figures, ticks_missed, tpot
 from loadtest.plan import Stage
 from tests.loadtest.rows import BASE, ended, row
 
@@ -158,3 +158,11 @@ def test_models_are_pooled_over_stages_with_their_cold_start_apart() -> None:
     assert a.cold_ttft_s == pytest.approx(0.9)
     assert a.ttft.average == pytest.approx(0.2)
     assert (b.model, b.measured, b.cold_ttft_s) == ("m/b", 0, None)
+
+
+def test_stall_counts_for_every_tick_it_swallowed() -> None:
+    assert ticks_missed(0.0, 0.01) == [0.0]
+    assert ticks_missed(0.004, 0.01) == [0.004]
+    assert ticks_missed(0.035, 0.01) == pytest.approx([0.035, 0.025, 0.015, 0.005])
+    one_stall_in_ten_seconds = [0.0] * 800 + ticks_missed(2.0, 0.01)
+    assert percentile(sorted(one_stall_in_ten_seconds), 99) > 1.8

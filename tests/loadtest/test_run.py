@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, median
 
+import psutil
 import pytest
 import requests
 from typer.testing import CliRunner
@@ -316,6 +317,21 @@ def test_interrupt_ends_cleanly_and_still_reports(tmp_path: Path) -> None:
     rows = read_rows((tmp_path / ROWS_FILE).read_bytes().splitlines())
     assert not any(row.outcome == "failed" for row in rows)
     assert 0 < read_run(tmp_path).stages[0].steady_until < 60
+
+
+def test_load_process_that_stood_still_says_so(tmp_path: Path) -> None:
+    with mock() as url:
+        process = start(
+            url, tmp_path, "--users", "2", "--stages", "base", "--stage-seconds", 3, "--ramp-seconds", 0.2
+        )
+        wait_for_rows(tmp_path, 15)
+        (load,) = psutil.Process(process.pid).children()
+        load.suspend()
+        time.sleep(0.6)
+        load.resume()
+        said, _ = process.communicate(timeout=20)
+    assert "the client was the bottleneck: its event loop was" in " ".join(said.split())
+    assert read_run(tmp_path).stages[0].loop_lag_ms[2] > 500
 
 
 def test_load_ends_when_the_harness_is_killed(tmp_path: Path) -> None:
