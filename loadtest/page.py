@@ -99,7 +99,8 @@ figure.</p>
 
 <h2>Self-check</h2>
 <p class="soft">The load process watches itself: past {{ cpu_limit }} of a core, or woken later than {{ lag_limit }}
-of the TTFT, it would be measuring itself: give it a free core or another machine. Locust counts and times each request too, over whole stages.</p>
+of the TTFT, it would be measuring itself: give it a free core or another machine.
+Locust counts and times each request too, over whole stages.</p>
 <div class="scroll"><table>
 <thead><tr><th>stage</th><th>client CPU, of a core</th><th>loop lag p50, ms</th><th>p99, ms</th><th>max, ms</th>
 <th>users asked for</th><th>in flight, average</th><th>Locust's requests</th><th>Locust's average, ms</th></tr></thead>
