@@ -22,7 +22,7 @@ typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
 typedef uint16_t bf16;
 
 #define INLINE static inline __attribute__((always_inline))
-#define MAX_RANK 256
+#define MAX_RANK 1024 /* as in adapter.py */
 #define BLOCK 16 /* tokens of a KV block: one vector of keys */
 
 INLINE v16 pick16(i16 mask, v16 a, v16 b) { return (v16)(((i16)a & mask) | ((i16)b & ~mask)); }
