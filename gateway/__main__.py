@@ -25,7 +25,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", help="instead of the file's")
     parser.add_argument("--port", type=int, help="instead of the file's")
     parser.add_argument("--engine", metavar="URL", help="instead of the file's, for its only model")
+    parser.add_argument(
+        "--log-format", choices=("console", "json"), help="default: console on a terminal, else json"
+    )
     options = parser.parse_args(arguments)
+    configure_logging(options.log_format or ("console" if sys.stderr.isatty() else "json"))
     try:
         serve(overridden(load_config(options.config), options.host, options.port, options.engine))
     except ConfigError as error:
@@ -49,7 +53,6 @@ def overridden(
 
 def serve(config: GatewayConfig) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is open."""
-    configure_logging()
     log.info("gateway_starting", host=config.host, port=config.port, models=[m.name for m in config.models])
     uvicorn.run(
         create_app(config),
@@ -67,16 +70,18 @@ def serve(config: GatewayConfig) -> None:
     )
 
 
-def configure_logging() -> None:
-    """Structured lines on stderr: for people on a terminal, JSON elsewhere."""
+def configure_logging(style: str) -> None:
+    """One line per event on stderr: `console` for people, `json` for machines."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    last = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    console = style == "console"
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info if not sys.stderr.isatty() else _unchanged,
-            last,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S.%f" if console else "iso"),
+            _unchanged if console else structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+            if console
+            else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

@@ -12,7 +12,7 @@ from litestar.config.cors import CORSConfig
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp
 
-from gateway.access_log import AccessLog, record_of
+from gateway.access_log import CLIENT_GONE, AccessLog, record_of
 from gateway.config import GatewayConfig
 from gateway.disconnect import ClientGoneError
 from gateway.errors import GatewayError, InternalError, envelope, error_of_http_exception, headers_of
@@ -83,7 +83,7 @@ def _on_http_exception(request: Request, error: HTTPException) -> Response:
 
 def _on_client_gone(request: Request, error: ClientGoneError) -> Response:
     """Nobody reads it; the status is for the access log."""
-    return Response(b"", status_code=499)
+    return Response(b"", status_code=CLIENT_GONE)
 
 
 def _on_unexpected(request: Request, error: Exception) -> Response:

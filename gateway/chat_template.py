@@ -67,20 +67,27 @@ def read_chat_template(tokenizer_config: bytes) -> ChatTemplate | None:
     """
     try:
         config = msgspec.json.decode(tokenizer_config, type=dict[str, Any])
+        source = msgspec.convert(config.get("chat_template"), str | list[_NamedTemplate] | None)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ChatTemplateError(f"tokenizer_config.json cannot be read: {error}") from error
-    source = config.get("chat_template")
     if isinstance(source, list):
-        named = {entry["name"]: entry["template"] for entry in source}
-        source = named.get("default")
+        source = next((named.template for named in source if named.name == "default"), None)
     if source is None:
         return None
     special_tokens = {
-        key: token["content"] if isinstance(token, dict) else token
+        key: text
         for key, token in config.items()
-        if key.endswith("_token") and isinstance(token, str | dict)
+        if key.endswith("_token")
+        and isinstance(text := token.get("content") if isinstance(token, dict) else token, str)
     }
     return ChatTemplate(source, special_tokens)
+
+
+class _NamedTemplate(msgspec.Struct, frozen=True):
+    """Models with several templates (tool use, ...) list them; ours is the one called `default`."""
+
+    name: str
+    template: str
 
 
 class _GenerationTag(Extension):

@@ -70,7 +70,7 @@ def serve(
     path = _find_config(config)
     moved = ["--engine", f"http://127.0.0.1:{engine_port}"] if engine_port else []
     engine_command = _command("engine", path, None, engine_port, *(["--fake"] if fake else []))
-    gateway_command = _command("gateway", path, host, port, *moved)
+    gateway_command = _command("gateway", path, host, port, *moved, "--log-format", "console")
     programs = [Program("engine", engine_command), Program("gateway", gateway_command)]
     raise typer.Exit(asyncio.run(Supervisor(programs, _show_line).run()))
 

@@ -12,7 +12,7 @@ from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
 from engine.protocol import AdapterRef
-from gateway.access_log import RequestRecord, record_of
+from gateway.access_log import CLIENT_GONE, RequestRecord, record_of
 from gateway.completion import (
     DEFAULT_COMPLETION_TOKENS,
     Completion,
@@ -191,8 +191,10 @@ async def _answer(request: Request, prepare: Callable[[], Awaitable[Prepared]], 
         completion = Completion(job, generation)
         streaming = False
 
-        def close() -> None:
+        def close(left: bool = False) -> None:
             generation.close()
+            if left:
+                record.status = CLIENT_GONE
             record.prompt_tokens = completion.prompt_tokens
             record.cached_tokens = completion.cached_tokens
             record.completion_tokens = completion.completion_tokens

@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 from litestar.types import Receive, Scope, Send
 
-from gateway.disconnect import while_connected
+from gateway.disconnect import ClientGoneError, while_connected
 
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -19,20 +19,22 @@ class EventStream:
 
     Args:
         events: Bytes of whole events.
-        close: Called once nothing more will be sent, however that came about.
+        close: Called once nothing more will be sent, with whether that is because the client left.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[bool], None]) -> None:
         self._events = events
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises `ClientGoneError` when the client leaves before the end."""
+        left = False
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await while_connected(self._send(send), receive)
+        except ClientGoneError:
+            left = True
         finally:
-            self._close()
+            self._close(left)
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self._events):
