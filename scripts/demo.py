@@ -209,7 +209,7 @@ def _side_by_side(rows: Sequence[tuple[Task, Answer, Answer]]) -> Table:
     table = Table("system message", f"base model: {BASE}", "adapter", show_lines=True, expand=True)
     for task, base, tuned in rows:
         instruction = task.instruction if len(task.instruction) < 160 else f"{task.instruction[:157]}..."
-        cells = [f"[dim]{answer.model}[/]\n{_escaped(answer.text)}" for answer in (base, tuned)]
+        cells = [f"[dim]{answer.model}[/]\n{_escaped(_compact(answer.text))}" for answer in (base, tuned)]
         table.add_row(_escaped(instruction), *cells)
     return table
 
@@ -307,6 +307,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     for child in below:
         with suppress(psutil.NoSuchProcess):
             child.kill()
+
+
+def _compact(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.strip())
 
 
 def _escaped(text: str) -> str:

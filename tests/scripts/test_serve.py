@@ -1,6 +1,5 @@
 """`loraland serve` with the fake engine: the real processes, and that nothing of them stays behind."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -44,38 +43,7 @@ def serving(tmp_path: Path) -> Iterator[tuple[psutil.Popen, str]]:
         assert left == [], log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_both_and_leaves_nothing(tmp_path: Path, number: signal.Signals):
-    with serving(tmp_path) as (process, url):
-        question = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-        request = urllib.request.Request(
-            f"{url}/v1/chat/completions",
-            data=json.dumps(question).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            assert json.load(answer)["usage"]["completion_tokens"] == 3
-        process.send_signal(number)
-    assert process.returncode == 0
-
-
-@pytest.mark.parametrize("victim", ["engine", "gateway"])
-def test_when_one_dies_the_other_is_stopped_and_the_exit_code_is_1(tmp_path: Path, victim: str):
-    with serving(tmp_path) as (process, _):
-        (child,) = [child for child in process.children() if child.cmdline()[1:3] == ["-m", victim]]
-        child.kill()
-    assert process.returncode == 1
-    assert f"the {victim} was killed by SIGKILL" in (tmp_path / "serve.log").read_text()
-
-
-def test_the_output_names_its_program(tmp_path: Path):
-    with serving(tmp_path) as (process, _):
-        process.terminate()
-    names = {line.split("│")[0].strip() for line in (tmp_path / "serve.log").read_text().splitlines()}
-    assert names == {"engine", "gateway", "serve"}
-
-
-def test_the_command_line_lists_and_asks(tmp_path: Path):
+def test_it_answers_shows_who_speaks_and_stops_on_a_signal(tmp_path: Path):
     with serving(tmp_path) as (process, url):
         loraland = [sys.executable, "-m", "gateway.cli"]
         listed = subprocess.check_output([*loraland, "models", "--url", url], cwd=ROOT, text=True)
@@ -91,7 +59,19 @@ def test_the_command_line_lists_and_asks(tmp_path: Path):
             url,
         ]
         assert subprocess.check_output(asked, cwd=ROOT, text=True).strip()
-        process.terminate()
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
+    names = {line.split("│")[0].strip() for line in (tmp_path / "serve.log").read_text().splitlines()}
+    assert names == {"engine", "gateway", "serve"}
+
+
+@pytest.mark.parametrize("victim", ["engine", "gateway"])
+def test_when_one_dies_the_other_is_stopped_and_the_exit_code_is_1(tmp_path: Path, victim: str):
+    with serving(tmp_path) as (process, _):
+        (child,) = [child for child in process.children() if child.cmdline()[1:3] == ["-m", victim]]
+        child.kill()
+    assert process.returncode == 1
+    assert f"the {victim} was killed by SIGKILL" in (tmp_path / "serve.log").read_text()
 
 
 def _answers(url: str) -> bool:
