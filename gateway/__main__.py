@@ -9,7 +9,7 @@ import structlog
 import uvicorn
 
 from gateway.app import create_app
-from gateway.config import ConfigError, GatewayConfig, load_config
+from gateway.config import ConfigError, GatewayConfig, ModelConfig, check_config, load_config
 
 KEEP_ALIVE_S = 65
 """Longer than the idle time of the usual proxies and SDK pools, so that it is they who close."""
@@ -19,36 +19,33 @@ DRAIN_S = 30
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        config = load_config(options.config)
+        changes = {key: value for key in ("host", "port") if (value := getattr(options, key)) is not None}
+        if options.engine is not None:
+            changes["models"] = (
+                msgspec.structs.replace(_only_model(config), engine=options.engine.rstrip("/")),
+            )
+        config = msgspec.structs.replace(config, **changes)
+        check_config(config, "command line")
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 2
+    configure_logging(options.log_format)
+    serve(config)
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m gateway", description="The OpenAI-compatible gateway.")
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file with a [gateway] table")
-    parser.add_argument("--host", help="instead of the file's")
-    parser.add_argument("--port", type=int, help="instead of the file's")
-    parser.add_argument("--engine", metavar="URL", help="instead of the file's, for its only model")
-    parser.add_argument(
-        "--log-format", choices=("console", "json"), help="default: console on a terminal, else json"
-    )
-    options = parser.parse_args(arguments)
-    configure_logging(options.log_format or ("console" if sys.stderr.isatty() else "json"))
-    try:
-        serve(overridden(load_config(options.config), options.host, options.port, options.engine))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-
-
-def overridden(
-    config: GatewayConfig, host: str | None, port: int | None, engine: str | None
-) -> GatewayConfig:
-    """The configuration with what the command line says. Raises `ConfigError` when `engine` is ambiguous."""
-    if engine is not None and len(config.models) != 1:
-        raise ConfigError("--engine needs a configuration with one model.")
-    models = [msgspec.structs.replace(model, engine=engine or model.engine) for model in config.models]
-    return msgspec.structs.replace(
-        config,
-        host=config.host if host is None else host,
-        port=config.port if port is None else port,
-        models=tuple(models),
-    )
+    parser.add_argument("--host", help="address to listen on (default: the configuration's)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the configuration's)")
+    parser.add_argument("--engine", metavar="URL", help="the engine's address (only with a single model)")
+    parser.add_argument("--log-format", choices=("console", "json"), default="console")
+    return parser.parse_args(arguments)
 
 
 def serve(config: GatewayConfig) -> None:
@@ -71,17 +68,19 @@ def serve(config: GatewayConfig) -> None:
 
 
 def configure_logging(style: str) -> None:
-    """One line per event on stderr: `console` for people, `json` for machines."""
+    """One line per event on standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    console = style == "console"
+    renderer = (
+        structlog.processors.JSONRenderer()
+        if style == "json"
+        else structlog.dev.ConsoleRenderer(colors=False)
+    )
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S.%f" if console else "iso"),
-            _unchanged if console else structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-            if console
-            else structlog.processors.JSONRenderer(),
+            structlog.processors.TimeStamper(fmt="%H:%M:%S.%f" if style == "console" else "iso"),
+            structlog.processors.format_exc_info,
+            renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
@@ -89,9 +88,11 @@ def configure_logging(style: str) -> None:
     )
 
 
-def _unchanged(logger, name, event):
-    return event
+def _only_model(config: GatewayConfig) -> ModelConfig:
+    if len(config.models) != 1:
+        raise ConfigError("--engine: the configuration has several models, each with its own engine.")
+    return config.models[0]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

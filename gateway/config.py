@@ -57,10 +57,7 @@ def load_config(path: str | Path) -> GatewayConfig:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except (msgspec.MsgspecError, ValueError) as error:
         raise ConfigError(f"{path}: [gateway]: {error}") from error
-    try:
-        _check(config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: [gateway]: {error}") from error
+    check_config(config, f"{path}: [gateway]")
     root = path.absolute().parent
     models = tuple(
         msgspec.structs.replace(
@@ -72,6 +69,18 @@ def load_config(path: str | Path) -> GatewayConfig:
         for model in config.models
     )
     return msgspec.structs.replace(config, models=models)
+
+
+def check_config(config: GatewayConfig, source: str) -> None:
+    """Ranges and names.
+
+    Raises:
+        ConfigError: a value cannot be used; `source` is named as where it came from.
+    """
+    try:
+        _check(config)
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def is_uri(place: str) -> bool:

@@ -72,6 +72,23 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "nowhere.toml")
 
 
-def test_the_program_ends_with_one_line_about_it(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"error: .*nowhere\.toml"):
-        main(["--config", str(tmp_path / "nowhere.toml")])
+@pytest.mark.parametrize(
+    ("text", "extra", "words"),
+    [
+        ("", [], "loraland.toml"),
+        (GOOD, ["--port", "70000"], "command line: port"),
+        (GOOD, ["--engine", "nonsense"], "http://"),
+        (
+            GOOD + GOOD[GOOD.index("[[gateway") :].replace("base", "other"),
+            ["--engine", "http://x"],
+            "several models",
+        ),
+    ],
+)
+def test_the_program_ends_with_one_line_about_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, extra: list[str], words: str
+) -> None:
+    assert main(["--config", str(write(tmp_path, text)), *extra]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
