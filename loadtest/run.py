@@ -175,7 +175,7 @@ def loadtest(
         seed=seed,
         nonce=nonce if nonce is not None else secrets.token_hex(8),
     )
-    directory = out or Path("reports") / run_name
+    directory = out or Path(".cache/loadtest") / run_name
     directory.mkdir(parents=True, exist_ok=True)
     record = RunRecord(
         plan=_without_credentials(plan),
