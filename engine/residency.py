@@ -107,9 +107,8 @@ class Residency:
     def want(self, version: Version, now: float) -> None:
         """A request waits for this adapter; ends with `admit` or `cancel`."""
         entry = self._entries.get(version)
-        if entry is not None and entry.state is AdapterState.FAILED and now - entry.used_s >= RETRY_FAILED_S:
-            if entry.waiting == 0:
-                entry = None
+        if entry is not None and entry.state is AdapterState.FAILED and entry.waiting == 0:
+            entry = entry if now - entry.used_s < RETRY_FAILED_S else None
         if entry is None:
             entry = self._entries[version] = Entry(AdapterState.WANTED)
         if entry.waiting == 0:
@@ -161,7 +160,8 @@ class Residency:
             if size > budget:
                 self._actions.append(Drop(version))
                 needs = f"needs {size / 2**20:.1f} MiB, more than {key} ({budget / 2**20:g})"
-                return self.failed(version, f"The adapter {version.ref.name!r} {needs}.", now)
+                self.failed(version, f"The adapter {version.ref.name!r} {needs}.", now)
+                return
         entry.state, entry.digest = AdapterState.ON_HOST, digest
         entry.host_bytes, entry.device_bytes, entry.held_on_host = host_bytes, device_bytes, True
         self._make_host_room(0)
@@ -186,6 +186,7 @@ class Residency:
         """The I/O to do next. Gives slots and host memory to adapters that are wanted, evicting unused ones."""
         for version, entry in list(self._entries.items()):
             if entry.draining and entry.users == 0:
+                entry.wanted_s = now  # whoever came meanwhile stands behind the one it was drained for
                 self._evict(version, entry)
         for version in self._waiting_in(AdapterState.ON_HOST):
             if not self._place(version, now):
@@ -224,12 +225,9 @@ class Residency:
             resident = [(v, e) for v, e in self._entries.items() if e.state is AdapterState.RESIDENT]
             idle = [(v, e) for v, e in resident if e.users == 0 and e.waiting == 0]
             if not idle:
-                if (
-                    resident
-                    and now - entry.wanted_s >= DRAIN_AFTER_S
-                    and not any(e.draining for _, e in resident)
-                ):
-                    min(resident, key=lambda pair: pair[1].used_s)[1].draining = True
+                busy = [e for _, e in resident if e.users]
+                if busy and now - entry.wanted_s >= DRAIN_AFTER_S and not any(e.draining for e in busy):
+                    min(busy, key=lambda e: e.used_s).draining = True
                 return False
             self._evict(*min(idle, key=lambda pair: pair[1].used_s))
         entry.slot = self._free_slots.pop()
