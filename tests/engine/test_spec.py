@@ -1,0 +1,141 @@
+"""Configs as transformers writes them, and what is refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import transformers
+
+from engine.spec import ModelSpec, RopeScaling, SpecError
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 256,
+    "eos_token_id": 2,
+}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": 8}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8, "max_window_layers": 4}
+
+
+def read(config: dict[str, Any], **changes: Any) -> ModelSpec:
+    return ModelSpec.from_hf_config(config | changes)
+
+
+def test_a_config_of_transformers_4_and_of_5_give_the_same_spec() -> None:
+    new = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    assert read(new) == read(LLAMA)
+    assert read(LLAMA).rope_theta == 1e6
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    written = getattr(transformers, f"{family}Config")(num_hidden_layers=2).to_dict()
+    spec = ModelSpec.from_hf_config(written | {"architectures": [f"{family}ForCausalLM"]})
+    assert spec.head_dim == 128
+    assert spec.num_kv_heads == written["num_key_value_heads"]
+    assert spec.rope_theta == written["rope_parameters"]["rope_theta"]
+    assert spec.tie_word_embeddings == written["tie_word_embeddings"]
+    assert spec.sliding_window == written.get("sliding_window")
+
+
+def test_head_dim_may_differ_from_hidden_size_over_heads() -> None:
+    assert read(LLAMA).head_dim == 16
+    assert read(LLAMA, head_dim=32).linear_shape("q_proj") == (128, 64)
+    assert read(LLAMA, head_dim=32).linear_shape("k_proj") == (64, 64)
+    assert read(LLAMA, head_dim=32).linear_shape("o_proj") == (64, 128)
+
+
+def test_llama_without_grouped_queries_has_a_key_head_per_head() -> None:
+    assert read(LLAMA, num_key_value_heads=None).num_kv_heads == 4
+
+
+def test_end_tokens_may_be_one_or_many() -> None:
+    assert read(LLAMA).eos_token_ids == (2,)
+    assert read(LLAMA, eos_token_id=[5, 7]).eos_token_ids == (5, 7)
+    assert read(LLAMA, eos_token_id=None).eos_token_ids == ()
+
+
+def test_llama3_scaling_is_read_from_both_layouts() -> None:
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    expected = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert read(LLAMA, rope_scaling=scaling | {"type": "llama3"}).rope_scaling == expected
+    new = read(LLAMA, rope_parameters=scaling | {"rope_type": "llama3", "rope_theta": 7.0})
+    assert (new.rope_scaling, new.rope_theta) == (expected, 7.0)
+
+
+def test_qwen2_has_biases_on_queries_keys_and_values_only() -> None:
+    spec = read(QWEN2)
+    assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias) == (True, False, False)
+    llama = read(LLAMA, attention_bias=True, mlp_bias=True)
+    assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "window"),
+    [
+        (MISTRAL, {}, 8),
+        (MISTRAL, {"sliding_window": None}, None),
+        (LLAMA, {"sliding_window": 8}, None),
+        (QWEN2, {}, None),
+        (QWEN2, {"use_sliding_window": True}, None),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": 0}, 8),
+        (QWEN2, {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 4}, 8),
+    ],
+)
+def test_the_window_is_the_one_transformers_uses(config: dict, changes: dict, window: int | None) -> None:
+    assert read(config, **changes).sliding_window == window
+
+
+def test_a_window_in_some_layers_only_is_refused() -> None:
+    with pytest.raises(SpecError, match="max_window_layers: a window in 2 of 4 layers"):
+        read(QWEN2, use_sliding_window=True, max_window_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, "architectures: 'GemmaForCausalLM' is not supported"),
+        ({"architectures": None}, "architectures must name one class"),
+        ({"architectures": [["x"]]}, "architectures"),
+        ({"hidden_act": "gelu"}, "hidden_act: only silu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: type 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor must be a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "rope_scaling.factor"),
+        ({"rope_scaling": 8}, "rope_scaling must be an object"),
+        ({"rope_theta": "big"}, "rope_theta must be a positive number"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive integer"),
+        ({"hidden_size": True}, "hidden_size must be a positive integer"),
+        ({"vocab_size": 0}, "vocab_size must be a positive integer"),
+        ({"num_attention_heads": 3}, "num_attention_heads"),
+        ({"head_dim": 15}, "head_dim must be even"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be a token id"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_its_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        ModelSpec.from_hf_config(copy.deepcopy(LLAMA) | changes)
+
+
+def test_tensor_shapes_name_every_weight_of_the_model() -> None:
+    config = transformers.Qwen2Config(**{k: v for k, v in QWEN2.items() if k != "architectures"})
+    model = transformers.Qwen2ForCausalLM(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert read(QWEN2).tensor_shapes() == expected
