@@ -18,7 +18,14 @@ class Driver:
     """One engine without threads: add requests, step, look at everything."""
 
     def __init__(self, model: str | Path, adapters: dict[str, Path] | None = None, **config) -> None:
-        values = {"model": str(model), "name": "tiny", "dtype": "float32", "kv_cache_mib": 8, "threads": 1, **config}
+        values = {
+            "model": str(model),
+            "name": "tiny",
+            "dtype": "float32",
+            "kv_cache_mib": 8,
+            "threads": 1,
+            **config,
+        }
         pool_blocks = values.pop("pool_blocks", None)
         self.config = EngineConfig(**values)
         self.checkpoint: Checkpoint = open_checkpoint(model)
@@ -41,7 +48,9 @@ class Driver:
     def add(self, prompt: list[int], adapter: str | None = None, **sampling) -> Sequence:
         params = SamplingParams(**{"max_tokens": 16, "temperature": 0.0, "ignore_eos": True, **sampling})
         key = len(self.sequences)
-        sequence = Sequence(key=key, request=Generate(str(key), prompt, params), arrival_s=0.0, seed=params.seed or 0)
+        sequence = Sequence(
+            key=key, request=Generate(str(key), prompt, params), arrival_s=0.0, seed=params.seed or 0
+        )
         if adapter is not None:
             sequence.slot, sequence.adapter_digest = self.slots[adapter]
         self.sequences.append(sequence)

@@ -24,7 +24,9 @@ def tiny(folder: Path, family: str) -> tuple[Path, dict[str, Path]]:
     return model, {
         "qv": write_tiny_adapter(folder / f"{family}-qv", model, 8, ["q_proj", "v_proj"], seed=1),
         "all": write_tiny_adapter(folder / f"{family}-all", model, 3, ALL_LINEAR, seed=2, rslora=True),
-        "mlp": write_tiny_adapter(folder / f"{family}-mlp", model, 16, ["gate_proj", "down_proj"], seed=3, alpha=7),
+        "mlp": write_tiny_adapter(
+            folder / f"{family}-mlp", model, 16, ["gate_proj", "down_proj"], seed=3, alpha=7
+        ),
     }
 
 
@@ -122,11 +124,11 @@ def test_prefix_cache(family):
     (prompt,) = prompts(5, 50)
     first = driver.add(prompt, "all", max_tokens=12)
     driver.run()
-    again = driver.add(prompt + [9, 8, 7], "all", max_tokens=12)
+    again = driver.add([*prompt, 9, 8, 7], "all", max_tokens=12)
     base = driver.add(prompt, None, max_tokens=12)
     driver.run()
     assert (first.num_cached, again.num_cached, base.num_cached) == (0, 48, 0)
-    assert driver.generated(again) == expected(model, adapters["all"], prompt + [9, 8, 7], 12)
+    assert driver.generated(again) == expected(model, adapters["all"], [*prompt, 9, 8, 7], 12)
     assert driver.generated(base) == expected(model, None, prompt, 12)
 
 
@@ -156,7 +158,10 @@ def test_the_real_model_with_real_adapters_in_one_batch(tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     made = []
     for name in (None, *chosen):
-        for question in ("What is 12345 plus 1, and why is the sky blue?", "transfer $40 from checking to savings"):
+        for question in (
+            "What is 12345 plus 1, and why is the sky blue?",
+            "transfer $40 from checking to savings",
+        ):
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
             )

@@ -1,0 +1,287 @@
+"""The engine's thread from the outside: every request ends, and whatever it held is free."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, LoraWeights
+from engine.config import EngineConfig
+from engine.fake_runner import FakeRunner
+from engine.loop import EngineLoop, ModelLimits
+from engine.protocol import (
+    AdapterRef,
+    FinishReason,
+    Generate,
+    RejectCode,
+    Rejected,
+    SamplingParams,
+    StepOutput,
+)
+from engine.step import StepPlan, StepResult
+
+
+class Adapters:
+    """Stands for the files: versions, digests, failures and how long reading takes."""
+
+    def __init__(self):
+        self.versions: dict[str, int] = {"good": 1, "other": 1, "slow": 1, "bad": 1}
+        self.release = threading.Event()
+        self.reads: list[str] = []
+
+    def version_of(self, ref: AdapterRef) -> int:
+        if ref.uri not in self.versions:
+            raise AdapterNotFoundError(f"there is no adapter {ref.name!r}")
+        return self.versions[ref.uri]
+
+    def read(self, ref: AdapterRef) -> HostAdapter:
+        self.reads.append(ref.uri)
+        if ref.uri == "slow":
+            self.release.wait(10)
+        if ref.uri == "bad":
+            raise AdapterError("the file is cut off")
+        weights = LoraWeights(torch.zeros(2, 4), torch.zeros(4, 2), 1.0)
+        return HostAdapter(f"{ref.uri}-{self.versions[ref.uri]}", {(0, "q_proj"): weights}, 64, 2)
+
+
+class World:
+    def __init__(self, runner: FakeRunner | None = None, **config):
+        self.runner = runner or FakeRunner(64, 16)
+        self.adapters = Adapters()
+        self.messages: queue.Queue = queue.Queue()
+        self.crashed = threading.Event()
+        self.engine = EngineLoop(
+            self.runner,
+            EngineConfig(**{"model": "none", "name": "fake", "adapter_slots": 2, **config}),
+            ModelLimits(1000, 512, (2,)),
+            lambda outbox: [
+                self.messages.put((key, message)) for key, found in outbox.items() for message in found
+            ],
+            read_adapter=self.adapters.read,
+            device_bytes=lambda adapter: 64,
+            version_of=self.adapters.version_of,
+            on_crash=self.crashed.set,
+        )
+        self.engine.start()
+
+    def submit(
+        self, request_id: str, adapter: str | None = None, connection: int = 1, prompt=(5, 6, 7), **sampling
+    ):
+        params = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, "ignore_eos": True, **sampling})
+        ref = None if adapter is None else AdapterRef(adapter, adapter)
+        self.engine.submit(connection, Generate(request_id, list(prompt), params, ref))
+
+    def wait(self, request_id: str, timeout_s: float = 5.0):
+        """(tokens, how it ended) of one request; what others get meanwhile is put back."""
+        tokens, others, deadline = [], [], time.monotonic() + timeout_s
+        try:
+            while True:
+                key, message = self.messages.get(timeout=max(0.01, deadline - time.monotonic()))
+                if isinstance(message, Rejected):
+                    if message.request_id == request_id:
+                        return tokens, message
+                    others.append((key, message))
+                    continue
+                for output in message.outputs:
+                    if output.request_id != request_id:
+                        others.append((key, StepOutput([output])))
+                        continue
+                    tokens += output.token_ids
+                    if output.finish_reason is not None:
+                        return tokens, output.finish_reason
+        finally:
+            for entry in others:
+                self.messages.put(entry)
+
+    def is_idle(self) -> bool:
+        """Whether everything is free within a second."""
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            status = self.engine.status()
+            if (status.running, status.waiting, status.kv_blocks_free) == (0, 0, status.kv_blocks_total):
+                return True
+            time.sleep(0.005)
+        return False
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.adapters.release.set()
+    made.engine.stop()
+
+
+def test_requests_with_and_without_adapters_end_with_tokens(world):
+    world.submit("base")
+    world.submit("one", "good")
+    world.submit("two", "other")
+    for name in ("base", "one", "two"):
+        tokens, ending = world.wait(name)
+        assert len(tokens) == 4 and ending is FinishReason.LENGTH
+    assert world.is_idle()
+    assert sorted(world.engine.status().adapters_resident) == ["good", "other"]
+
+
+def test_a_cold_adapter_does_not_hold_up_the_others(world):
+    world.submit("cold", "slow")
+    for index in range(5):
+        world.submit(f"r{index}")
+        tokens, _ = world.wait(f"r{index}")
+        assert len(tokens) == 4
+    world.adapters.release.set()
+    tokens, ending = world.wait("cold")
+    assert len(tokens) == 4 and ending is FinishReason.LENGTH
+
+
+def test_an_unknown_and_a_broken_adapter_are_refused_with_the_reason(world):
+    world.submit("unknown", "nowhere")
+    _, ending = world.wait("unknown")
+    assert ending.code is RejectCode.ADAPTER_NOT_FOUND and "nowhere" in ending.message
+    world.submit("broken", "bad")
+    _, ending = world.wait("broken")
+    assert ending.code is RejectCode.ADAPTER_INVALID and ending.message == "the file is cut off"
+    world.submit("broken again", "bad")
+    assert world.wait("broken again")[1].code is RejectCode.ADAPTER_INVALID
+    assert world.adapters.reads == ["bad"], "a failure just seen is not tried again"
+    assert world.is_idle()
+
+
+def test_more_adapters_than_slots_take_turns(world):
+    world.adapters.versions.update({name: 1 for name in "abcdef"})
+    for name in "abcdef":
+        world.submit(name, name)
+    for name in "abcdef":
+        assert world.wait(name)[1] is FinishReason.LENGTH
+    assert len(world.runner.slots) == 2
+
+
+def test_a_republished_adapter_is_read_again_and_meets_no_old_prefix(world):
+    prompt = tuple(range(5, 60))
+    world.submit("old", "good", prompt=prompt)
+    world.wait("old")
+    world.submit("warm", "good", prompt=prompt)
+    key, message = world.messages.get(timeout=5)
+    assert message.outputs[0].cached_tokens == 48
+    world.wait("warm")
+    world.adapters.versions["good"] = 2
+    world.submit("new", "good", prompt=prompt)
+    key, message = world.messages.get(timeout=5)
+    assert message.outputs[0].cached_tokens == 0
+    assert world.adapters.reads == ["good", "good"]
+
+
+@pytest.mark.parametrize("adapter", [None, "good", "slow"])
+def test_abort_frees_everything_wherever_the_request_is(adapter):
+    world = World(FakeRunner(64, 16, step_s=0.01))
+    world.submit("long", adapter, max_tokens=400)
+    if adapter != "slow":
+        world.messages.get(timeout=5)
+    world.engine.abort(1, "long")
+    assert world.is_idle()
+    world.engine.abort(1, "long")
+    world.engine.abort(1, "never heard of")
+    world.submit("next")
+    assert world.wait("next")[1] is FinishReason.LENGTH
+    world.adapters.release.set()
+    world.engine.stop()
+
+
+def test_a_lost_connection_frees_its_requests_and_no_others():
+    world = World(FakeRunner(64, 16, step_s=0.005))
+    world.submit("gone", connection=1, max_tokens=400)
+    world.submit("stays", connection=2, max_tokens=40)
+    world.messages.get(timeout=5)
+    world.engine.disconnect(1)
+    tokens, ending = world.wait("stays")
+    assert len(tokens) == 40 and ending is FinishReason.LENGTH
+    assert world.is_idle()
+    world.engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "part"),
+    [
+        ({"prompt": ()}, RejectCode.INVALID, "empty"),
+        ({"prompt": (1000,)}, RejectCode.INVALID, "999"),
+        ({"prompt": (-1,)}, RejectCode.INVALID, "999"),
+        ({"logit_bias": {5000: 1.0}}, RejectCode.INVALID, "999"),
+        ({"max_tokens": 0}, RejectCode.INVALID, "max_tokens"),
+        ({"prompt": (5,) * 512}, RejectCode.CONTEXT_LENGTH, "512 tokens"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_told_why(world, request_, code, part):
+    world.submit("r", **request_)
+    _, ending = world.wait("r")
+    assert ending.code is code and part in ending.message
+    assert world.is_idle()
+
+
+def test_a_request_id_in_use_is_refused_and_the_first_goes_on():
+    world = World(FakeRunner(64, 16, step_s=0.01))
+    world.submit("r", max_tokens=20)
+    world.submit("r")
+    endings, tokens = [], 0
+    while len(endings) < 2:
+        _, message = world.messages.get(timeout=5)
+        if isinstance(message, Rejected):
+            endings.append(message.code)
+        else:
+            tokens += len(message.outputs[0].token_ids)
+            endings += [o.finish_reason for o in message.outputs if o.finish_reason]
+    assert endings == [RejectCode.INVALID, FinishReason.LENGTH] and tokens == 20
+    world.engine.stop()
+
+
+def test_a_full_queue_is_told_when_to_come_back():
+    world = World(FakeRunner(64, 16, step_s=0.02), max_sequences=1, max_waiting=3)
+    for index in range(8):
+        world.submit(f"r{index}", max_tokens=3)
+    endings = [world.wait(f"r{index}")[1] for index in range(8)]
+    refused = [ending for ending in endings if isinstance(ending, Rejected)]
+    assert refused and all(r.code is RejectCode.OVERLOADED and r.retry_after_s >= 1 for r in refused)
+    assert endings[0] is FinishReason.LENGTH
+    world.engine.stop()
+
+
+class Failing(FakeRunner):
+    """Raises while a poisoned prompt is in the batch."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        if any(chunk.sequence.token_ids[0] == 666 for chunk in plan.chunks):
+            raise RuntimeError("poisoned")
+        return super().run(plan)
+
+
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on():
+    world = World(Failing(64, 16))
+    for _ in range(3):
+        world.submit("poison", prompt=(666, 1))
+        assert world.wait("poison")[1].code is RejectCode.INTERNAL
+    world.submit("fine")
+    assert world.wait("fine")[1] is FinishReason.LENGTH
+    assert world.is_idle() and not world.crashed.is_set()
+    world.engine.stop()
+
+
+def test_stopping_tells_everybody():
+    world = World(FakeRunner(64, 16, step_s=0.01))
+    world.submit("long", max_tokens=400)
+    world.messages.get(timeout=5)
+    world.engine.stop()
+    _, ending = world.wait("long")
+    assert ending.code is RejectCode.UNAVAILABLE
+
+
+def test_the_metrics_count_what_happened(world):
+    world.submit("one", "good", prompt=(5,) * 20)
+    world.wait("one")
+    assert world.is_idle()
+    text = world.engine.metrics.render().decode()
+    assert "loraland_engine_prompt_tokens_total 20.0" in text
+    assert "loraland_engine_generated_tokens_total 4.0" in text
+    assert 'loraland_engine_requests_total{adapter="good",outcome="length"} 1.0' in text
+    assert 'loraland_engine_adapters{state="resident"} 1.0' in text

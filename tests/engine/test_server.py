@@ -1,0 +1,162 @@
+"""The engine's HTTP edge, driven as a gateway would."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+from aiohttp import WSMsgType
+from aiohttp.test_utils import TestClient, TestServer
+
+from engine.config import EngineConfig
+from engine.fake_runner import FakeRunner
+from engine.loop import EngineLoop, ModelLimits
+from engine.protocol import (
+    FACTS_PATH,
+    FILES_PATH,
+    WIRE_PATH,
+    Abort,
+    EngineStatus,
+    Generate,
+    ModelFacts,
+    Rejected,
+    SamplingParams,
+    StepOutput,
+    decode_from_engine,
+    encode,
+)
+from engine.server import EngineServer
+
+FACTS = ModelFacts("fake", "nowhere", 512, 1000, [2], "float32", ["tokenizer.json"], "abc")
+
+
+def refuse(ref):
+    raise AssertionError("no adapters here")
+
+
+class Edge:
+    def __init__(self, client: TestClient, engine: EngineLoop):
+        self.client, self.engine = client, engine
+
+
+@pytest.fixture
+async def edge() -> AsyncIterator[Edge]:
+    server = EngineServer()
+    engine = EngineLoop(
+        FakeRunner(64, 16, step_s=0.005),
+        EngineConfig(model="none", name="fake"),
+        ModelLimits(1000, 512, (2,)),
+        server.deliver,
+        read_adapter=refuse,
+        device_bytes=lambda adapter: 0,
+    )
+    engine.start()
+    server.attach(engine, FACTS, {"tokenizer.json": b"{}"})
+    async with TestClient(TestServer(server.app)) as client:
+        yield Edge(client, engine)
+    await asyncio.to_thread(engine.stop)
+
+
+def request(request_id: str, count: int = 5) -> bytes:
+    return encode(Generate(request_id, [5, 6, 7], SamplingParams(count, temperature=0.0, ignore_eos=True)))
+
+
+async def collect(socket, request_id: str) -> list[int]:
+    tokens: list[int] = []
+    async for message in socket:
+        found = decode_from_engine(message.data)
+        if isinstance(found, StepOutput):
+            for output in found.outputs:
+                if output.request_id == request_id:
+                    tokens += output.token_ids
+                    if output.finish_reason:
+                        return tokens
+    raise AssertionError("the socket closed first")
+
+
+async def eventually_idle(engine: EngineLoop) -> bool:
+    for _ in range(200):
+        status = engine.status()
+        if status.running == status.waiting == 0 and status.kv_blocks_free == status.kv_blocks_total:
+            return True
+        await asyncio.sleep(0.005)
+    return False
+
+
+async def test_the_first_frame_is_the_status_and_tokens_come_back(edge):
+    async with edge.client.ws_connect(WIRE_PATH) as socket:
+        assert isinstance(decode_from_engine((await socket.receive()).data), EngineStatus)
+        await socket.send_bytes(request("a"))
+        assert len(await collect(socket, "a")) == 5
+
+
+async def test_one_frame_per_step_carries_every_request(edge):
+    async with edge.client.ws_connect(WIRE_PATH) as socket:
+        for name in "abc":
+            await socket.send_bytes(request(name, 30))
+        most = 0
+        async for message in socket:
+            found = decode_from_engine(message.data)
+            if isinstance(found, StepOutput):
+                most = max(most, len(found.outputs))
+                if any(output.finish_reason for output in found.outputs):
+                    break
+        assert most == 3
+
+
+async def test_a_malformed_frame_closes_that_connection_with_the_reason_and_no_other(edge):
+    async with edge.client.ws_connect(WIRE_PATH) as good, edge.client.ws_connect(WIRE_PATH) as bad:
+        await bad.send_bytes(request("x", 400))
+        await bad.send_bytes(b"\xc1 nonsense")
+        while (message := await bad.receive()).type is WSMsgType.BINARY:
+            pass
+        assert message.type is WSMsgType.CLOSE and "malformed" in message.extra
+        await good.send_bytes(request("a"))
+        assert len(await collect(good, "a")) == 5
+        assert await eventually_idle(edge.engine)
+
+
+async def test_closing_the_socket_aborts_its_requests(edge):
+    async with edge.client.ws_connect(WIRE_PATH) as socket:
+        for name in "abc":
+            await socket.send_bytes(request(name, 400))
+        while not isinstance(decode_from_engine((await socket.receive()).data), StepOutput):
+            pass
+    assert await eventually_idle(edge.engine)
+
+
+async def test_abort_over_the_wire(edge):
+    async with edge.client.ws_connect(WIRE_PATH) as socket:
+        await socket.send_bytes(request("a", 400))
+        await socket.send_bytes(encode(Abort("a")))
+        assert await eventually_idle(edge.engine)
+
+
+async def test_a_refusal_comes_as_a_message(edge):
+    async with edge.client.ws_connect(WIRE_PATH) as socket:
+        await socket.send_bytes(encode(Generate("a", [], SamplingParams(5))))
+        await socket.receive()
+        found = decode_from_engine((await socket.receive()).data)
+        assert isinstance(found, Rejected) and found.request_id == "a"
+
+
+async def test_facts_files_health_and_metrics(edge):
+    response = await edge.client.get(FACTS_PATH)
+    assert msgspec.json.decode(await response.read(), type=ModelFacts) == FACTS
+    response = await edge.client.get(f"{FILES_PATH}/tokenizer.json")
+    assert await response.read() == b"{}"
+    etag = response.headers["ETag"]
+    response = await edge.client.get(f"{FILES_PATH}/tokenizer.json", headers={"If-None-Match": etag})
+    assert response.status == 304
+    assert (await edge.client.get(f"{FILES_PATH}/secrets")).status == 404
+    assert (await edge.client.get("/healthz")).status == 200
+    assert (await edge.client.get("/readyz")).status == 200
+    assert "loraland_engine_running_sequences" in await (await edge.client.get("/metrics")).text()
+
+
+async def test_before_the_model_is_loaded_it_is_alive_but_not_ready():
+    async with TestClient(TestServer(EngineServer().app)) as client:
+        assert (await client.get("/healthz")).status == 200
+        for path in ("/readyz", FACTS_PATH, WIRE_PATH, "/metrics"):
+            response = await client.get(path)
+            assert response.status == 503 and response.headers["Retry-After"] == "1"
