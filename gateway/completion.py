@@ -124,12 +124,13 @@ def tokens_left(
 
 def check_prompt_ids(token_ids: list[int], vocab_size: int) -> None:
     """Raises `InvalidRequestError` for an id that is no token."""
-    for position, token_id in enumerate(token_ids):
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequestError(
-                f"Invalid 'prompt': the token id at position {position} is not between 0 and {vocab_size - 1}.",
-                param="prompt",
-            )
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
+    position = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
+    raise InvalidRequestError(
+        f"Invalid 'prompt': the token id at position {position} is not between 0 and {vocab_size - 1}.",
+        param="prompt",
+    )
 
 
 class Completion:

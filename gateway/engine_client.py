@@ -35,7 +35,7 @@ from gateway.errors import GatewayError, RequestTimeoutError, UnavailableError, 
 
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
-SILENCE_S = 30.0
+SILENCE_S = 15.0
 """The engine reports every second; after this long without a frame the connection counts as lost."""
 CONNECT_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 60.0
@@ -137,6 +137,7 @@ class EngineClient:
         self._generations: dict[str, Generation] = {}
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._last_complaint: str | None = None
+        self._jitter = random.Random()
 
     @property
     def connected(self) -> bool:
@@ -182,7 +183,7 @@ class EngineClient:
                 if self.connected:
                     backoff_s = FIRST_BACKOFF_S
                 self._lose(reason)
-                await asyncio.sleep(backoff_s * random.uniform(0.75, 1.25))
+                await asyncio.sleep(backoff_s * self._jitter.uniform(0.75, 1.25))
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
         finally:
             self._lose("The gateway is shutting down.")

@@ -73,10 +73,20 @@ class ChatWriter:
 
     def body(self, answers: list[Answer], usage: Usage) -> bytes:
         choices = [
-            ChatChoice(index, Message(answer.text), self._chat_logprobs(answer.tokens), answer.finish_reason)
+            ChatChoice(
+                index, Message(content=answer.text), self._chat_logprobs(answer.tokens), answer.finish_reason
+            )
             for index, answer in enumerate(answers)
         ]
-        return _encode(ChatCompletion(self._job.id, self._job.created, self._job.model_id, choices, usage))
+        return _encode(
+            ChatCompletion(
+                id=self._job.id,
+                created=self._job.created,
+                model=self._job.model_id,
+                choices=choices,
+                usage=usage,
+            )
+        )
 
     def opening(self) -> bytes:
         roles = (
@@ -129,7 +139,15 @@ class CompletionWriter:
             )
             for index, answer in enumerate(answers)
         ]
-        return _encode(CompletionBody(self._job.id, self._job.created, self._job.model_id, choices, usage))
+        return _encode(
+            CompletionBody(
+                id=self._job.id,
+                created=self._job.created,
+                model=self._job.model_id,
+                choices=choices,
+                usage=usage,
+            )
+        )
 
     def opening(self) -> bytes:
         return b""

@@ -109,9 +109,9 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
-class Message(msgspec.Struct, frozen=True):
-    content: str
+class Message(msgspec.Struct, frozen=True, kw_only=True):
     role: str = "assistant"
+    content: str
     refusal: None = None
 
 
@@ -143,40 +143,40 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None
 
 
-class ChatCompletion(msgspec.Struct, frozen=True):
+class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     id: str
+    object: str = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    object: str = "chat.completion"
 
 
-class Completion(msgspec.Struct, frozen=True):
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
     id: str
+    object: str = "text_completion"
     created: int
     model: str
     choices: list[CompletionChoice]
     usage: Usage
-    object: str = "text_completion"
 
 
-class Model(msgspec.Struct, frozen=True):
+class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A model card; an adapter's `root` and `parent` are its base."""
 
     id: str
+    object: str = "model"
     created: int
+    owned_by: str = "loraland"
     root: str
     parent: str | None
     max_model_len: int | None
     """Prompt plus output tokens; None until the engine has been reached once."""
-    object: str = "model"
-    owned_by: str = "loraland"
 
 
-class ModelList(msgspec.Struct, frozen=True):
-    data: list[Model]
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "list"
+    data: list[Model]
 
 
 class Tokens(msgspec.Struct, frozen=True):

@@ -81,7 +81,7 @@ async def metrics(request: Request) -> ASGIApp:
 @get("/v1/models")
 async def list_models(request: Request) -> ASGIApp:
     """Every base model, and every adapter as `<base>/<task>`."""
-    return _json(ModelList(await asyncio.to_thread(_models(request).cards)))
+    return _json(ModelList(data=await asyncio.to_thread(_models(request).cards)))
 
 
 @get("/v1/models/{model_id:path}")
@@ -133,6 +133,7 @@ async def completions(request: Request) -> ASGIApp:
                 )
             )
             prompts.append(prompt)
+            await asyncio.sleep(0)  # a thousand prompts must not keep everyone else waiting
         job = _job("cmpl", fields, text, adapter, prompts, limits, logprobs=fields.logprobs)
         writer = CompletionWriter(
             job, logprobs=fields.logprobs is not None, include_usage=_includes_usage(fields)

@@ -61,12 +61,18 @@ class ServedModel:
         return self._text
 
     def card(self) -> Model:
-        return Model(self.name, self._started, root=self.name, parent=None, max_model_len=self._max_model_len)
+        return Model(
+            id=self.name,
+            created=self._started,
+            root=self.name,
+            parent=None,
+            max_model_len=self._max_model_len,
+        )
 
     def adapter_card(self, adapter: ListedAdapter) -> Model:
         return Model(
-            f"{self.name}/{adapter.task}",
-            adapter.created,
+            id=f"{self.name}/{adapter.task}",
+            created=adapter.created,
             root=self.name,
             parent=self.name,
             max_model_len=self._max_model_len,
