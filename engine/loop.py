@@ -251,7 +251,12 @@ class EngineLoop:
         try:
             version = Version(request.adapter, self._version_of(request.adapter))
         except AdapterError as error:
-            self._reject(sequence, _code_of(error), str(error))
+            log.warning("adapter_refused", adapter=request.adapter.name, reason=str(error))
+            if isinstance(error, AdapterNotFoundError):
+                text = f"The adapter {request.adapter.name!r} does not exist."
+                self._reject(sequence, RejectCode.ADAPTER_NOT_FOUND, text)
+            else:
+                self._reject(sequence, RejectCode.ADAPTER_INVALID, _explain(request.adapter, error))
             return
         self._versions[sequence.key] = version
         self._waiting_adapter.setdefault(version, []).append(sequence)
@@ -364,7 +369,7 @@ class EngineLoop:
         try:
             adapter = self._read_adapter(version.ref)
         except AdapterError as error:
-            self._inbox.put(partial(self._adapter_failed, version, str(error)))
+            self._inbox.put(partial(self._adapter_failed, version, _explain(version.ref, error)))
         except Exception as error:
             log.exception("adapter_failed", adapter=version.ref.name)
             reason = f"The adapter {version.ref.name!r} cannot be read: {type(error).__name__}: {error}"
@@ -430,7 +435,7 @@ def _adapter_label(sequence: Sequence) -> str:
     return sequence.request.adapter.name if sequence.request.adapter else ""
 
 
-def _code_of(error: AdapterError) -> RejectCode:
-    if isinstance(error, AdapterNotFoundError):
-        return RejectCode.ADAPTER_NOT_FOUND
-    return RejectCode.ADAPTER_INVALID
+def _explain(ref: AdapterRef, error: AdapterError) -> str:
+    """The reason for people who use the API: which file, but not where this machine keeps it."""
+    directory = ref.uri.removeprefix("file://").rstrip("/")
+    return f"The adapter {ref.name!r} cannot be used: {str(error).replace(directory + '/', '')}"
