@@ -21,7 +21,7 @@ from gateway.supervisor import Program, Supervisor
 EXIT_USAGE = 2
 _REQUIREMENTS = {
     "engine": ("torch", "numpy", "safetensors", "gguf", "tokenizers"),
-    "gateway": ("litestar", "tokenizers", "jinja2", "uvicorn", "orjson"),
+    "gateway": ("litestar", "tokenizers", "jinja2", "uvicorn"),
 }
 
 app = typer.Typer(
