@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from engine.checkpoint import open_checkpoint
+from engine.export import export_hf
 from tests.engine.driving import Driver
 from tests.engine.tiny import VOCABULARY, write_tiny_adapter, write_tiny_model
 
@@ -147,8 +148,6 @@ def test_prompt_logprobs_equal_transformers(family):
 
 
 def test_the_real_model_with_real_adapters_in_one_batch(tmp_path):
-    from engine.export import export_hf
-
     adapters = {path.name: path for path in sorted(REAL_ADAPTERS.iterdir()) if path.is_dir()}
     chosen = {name: adapters[name] for name in list(adapters)[:2]}
     assert len(chosen) == 2
