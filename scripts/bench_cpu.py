@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -75,6 +76,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """The same with shared pages counted once."""
     cpu_cores: float
     """Processor seconds per second of all of them."""
+    other_cores: float
+    """The same of everything on the machine but them and this client: what disturbed the measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ class Answer:
 
 def main() -> None:
     options = _parse()
+    # Leaves by way of every `finally`, so that no server stays behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         cells = run(options)
     except (BenchError, OSError, aiohttp.ClientError, subprocess.CalledProcessError) as error:
@@ -151,7 +156,7 @@ def run(options: argparse.Namespace) -> list[Cell]:
                     cells.append(cell)
                     _progress(
                         f"round {round_number + 1}: {server.name}, {_mode(count)}, {users} users: "
-                        f"{cell.output_tokens_per_s:.1f} tokens/s"
+                        f"{cell.output_tokens_per_s:.1f} tokens/s, others used {cell.other_cores:.2f} cores"
                     )
     return cells
 
@@ -173,11 +178,12 @@ def measure(
         for number in range(requests)
     ]
     with watched_memory(server.process) as peak:
-        cpu_before = _cpu_seconds(server.process)
+        cpu_before, busy_before = _cpu_seconds(server.process), _busy_seconds()
         started = time.perf_counter()
         answers = asyncio.run(_closed_loop(server, work, users, options.output_tokens))
         wall_s = time.perf_counter() - started
         cpu_cores = (_cpu_seconds(server.process) - cpu_before) / wall_s
+        other_cores = (_busy_seconds() - busy_before) / wall_s - cpu_cores
     short = [answer.tokens for answer in answers if answer.tokens != options.output_tokens]
     if short:
         raise BenchError(f"{server.name} gave {short[0]} tokens where {options.output_tokens} were asked for")
@@ -199,6 +205,7 @@ def measure(
         rss_mib=round(peak.rss_bytes / 2**20),
         pss_mib=round(peak.pss_bytes / 2**20),
         cpu_cores=round(cpu_cores, 2),
+        other_cores=round(max(0.0, other_cores), 2),
     )
 
 
@@ -401,8 +408,8 @@ def report(cells: Sequence[Cell]) -> str:
     """Medians over the rounds, with the range of the tokens per second, and the ratios, as Markdown."""
     lines = [
         "| server | users | adapters | output tokens/s (range) | TTFT p50 / p90 s | between tokens p50 / p90 ms "
-        "| RSS / PSS MiB | cores |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| RSS / PSS MiB | cores | others' cores |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     rates: dict[tuple[str, int, bool], float] = {}
     for key in dict.fromkeys((cell.server, cell.users, cell.adapters) for cell in cells):
@@ -419,7 +426,8 @@ def report(cells: Sequence[Cell]) -> str:
             f"| {statistics.median(speeds):.1f} ({min(speeds):.1f}–{max(speeds):.1f}) "
             f"| {median('ttft_p50_s'):.2f} / {median('ttft_p90_s'):.2f} "
             f"| {median('inter_token_p50_s') * 1e3:.1f} / {median('inter_token_p90_s') * 1e3:.1f} "
-            f"| {median('rss_mib'):.0f} / {median('pss_mib'):.0f} | {median('cpu_cores'):.2f} |"
+            f"| {median('rss_mib'):.0f} / {median('pss_mib'):.0f} "
+            f"| {median('cpu_cores'):.2f} | {median('other_cores'):.2f} |"
         )
     lines.append("")
     for users in dict.fromkeys(cell.users for cell in cells):
@@ -533,6 +541,15 @@ def _cpu_seconds(process: psutil.Process) -> float:
             times = each.cpu_times()
             total += times.user + times.system
     return total
+
+
+def _busy_seconds() -> float:
+    """Processor seconds that this machine has worked, without those of this process."""
+    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    # Guests' time is in the user's time already.
+    guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+    return sum(times) - idle - guests - own.user - own.system
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

@@ -142,6 +142,7 @@ def _cell(server: str, adapters: int, round_number: int, rate: float) -> Cell:
         rss_mib=1000,
         pss_mib=900,
         cpu_cores=2,
+        other_cores=0,
     )
 
 
