@@ -207,7 +207,7 @@ class _Config:
         for layer, module in sorted(found):
             if not any(f".{module_path(layer, module)}".endswith(f".{target}") for target in targets):
                 raise self._error(f"target_modules does not name {module}, but {WEIGHTS_FILE} adapts it")
-        for target in targets:
+        for target in sorted(targets):
             expected = [
                 (layer, module)
                 for layer in expected_layers

@@ -161,7 +161,7 @@ class GgufFile:
     def _hf_config(self) -> dict[str, Any]:
         """The same facts as a `config.json`."""
         architecture = self.metadata.get("general.architecture")
-        if architecture not in _ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
             raise GgufError(
                 f"{self.path}: architecture {architecture!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
             )
@@ -227,10 +227,12 @@ class GgufFile:
             raise GgufError(f"{self.path}: rotary scaling of type {kind!r} is not supported")
         if "rope_freqs.weight" not in self._tensors:
             return None
-        return self._llama3_scaling(_shortest(fact("rope.freq_base", 10_000.0)), head_dim)
+        return self._llama3_scaling(fact("rope.freq_base", 10_000.0), head_dim)
 
-    def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
+    def _llama3_scaling(self, theta: Any, head_dim: int) -> dict[str, Any]:
         """The parameters behind a table of frequency divisors: those of Llama 3.1 and 3.2, else refused."""
+        if not isinstance(theta, float) or theta <= 0:
+            raise GgufError(f"{self.path}: rope.freq_base must be a positive number, it is {theta!r}")
         info = self._tensors["rope_freqs.weight"]
         stored = np.frombuffer(self._map, np.float32, info.num_bytes // 4, info.offset)
         factor, low, high, original = float(stored.max()), 1.0, 4.0, 8192
@@ -316,6 +318,6 @@ _PARTS = {gguf: f"{LINEAR_BLOCKS[module]}.{module}" for module, gguf in _MODULES
 }
 
 
-def _shortest(value: float) -> float:
+def _shortest(value: Any) -> Any:
     """The shortest decimal that is this float32: 1e-05 where the file's 32 bits read 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -56,11 +56,9 @@ class _Vocabulary:
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self._metadata = metadata
-        self.texts: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-        self.types: list[int] = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(self.texts))
-        if not isinstance(self.texts, list) or not self.texts or not isinstance(self.texts[0], str):
-            raise TokenizerError("tokenizer.ggml.tokens is missing")
-        if not isinstance(self.types, list) or len(self.types) != len(self.texts):
+        self.texts: list[str] = _array(metadata, "tokens", str)
+        self.types: list[int] = _array(metadata, "token_type", int)
+        if len(self.types) != len(self.texts):
             raise TokenizerError("tokenizer.ggml.token_type does not give one type per token")
 
     def ids(self) -> dict[str, int]:
@@ -103,14 +101,11 @@ class _Vocabulary:
 
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: _Vocabulary) -> dict[str, Any]:
     name = metadata.get("tokenizer.ggml.pre")
-    if name not in _PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
         raise TokenizerError(
-            f"tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(map(str, _PRE_TOKENIZERS))}"
+            f"tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}"
         )
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list):
-        raise TokenizerError("tokenizer.ggml.merges is missing")
-    pairs = [merge.split(" ") for merge in merges]
+    pairs = [merge.split(" ") for merge in _array(metadata, "merges", str)]
     if not all(len(pair) == 2 for pair in pairs):
         raise TokenizerError("tokenizer.ggml.merges: a merge is not two tokens")
     llama3 = name in ("llama-bpe", "llama3", "llama-v3")
@@ -140,8 +135,8 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: _Vocabulary) -> dict[st
 
 def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: _Vocabulary) -> dict[str, Any]:
     """Llama-2 and Mistral: BPE ordered by score, a space before the text, unknown characters as bytes."""
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens.texts):
+    scores = _array(metadata, "scores", float)
+    if len(scores) != len(tokens.texts):
         raise TokenizerError("tokenizer.ggml.scores does not give one score per token")
     unknown = tokens.special_text("unknown")
     if unknown is None:
@@ -247,6 +242,13 @@ def _tokenizer_config(metadata: Mapping[str, Any], tokens: _Vocabulary) -> dict[
     return config
 
 
+def _array(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    values = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise TokenizerError(f"tokenizer.ggml.{key} is missing or not a list of {kind.__name__}")
+    return values
+
+
 def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
@@ -259,7 +261,7 @@ _DIGITS_THEN_GPT2 = [{"type": "Digits", "individual_digits": True}, _byte_level(
 _QWEN2 = [_split(_QWEN2_SPLIT), _byte_level(use_regex=False)]
 _LLAMA3 = [_split(_LLAMA3_SPLIT), _byte_level(use_regex=False)]
 
-_PRE_TOKENIZERS: dict[str | None, list[dict[str, Any]]] = {
+_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "smollm": _DIGITS_THEN_GPT2,
     "starcoder": _DIGITS_THEN_GPT2,
     "gpt-2": [_byte_level(use_regex=True)],

@@ -66,7 +66,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
         head_dim = reader.size("head_dim", hidden_size // num_heads)
         if head_dim % 2:
             raise SpecError(f"head_dim must be even, it is {head_dim}")
-        num_layers = reader.size("num_hidden_layers")
+        num_layers = reader.size("num_hidden_layers", most=_MOST_LAYERS)
         rope_theta, rope_scaling = reader.rope()
         biased = family == "llama" and reader.flag("attention_bias", False)
         return cls(
@@ -141,6 +141,7 @@ LINEAR_BLOCKS = {
 """Every projection of a layer, and the block it is in."""
 
 _FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
+_MOST_LAYERS = 4096
 _DEFAULT_WINDOW = 4096
 """What transformers assumes for a Mistral or Qwen2 config without `sliding_window`."""
 
@@ -174,13 +175,15 @@ class _ConfigReader:
                 f"partial_rotary_factor: {self._config['partial_rotary_factor']!r} is not supported"
             )
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, most: int = 2**31) -> int:
         value = self._config.get(key)
         value = default if value is None else value
         if value is None:
             raise SpecError(f"{key} is missing")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SpecError(f"{key} must be a positive integer, it is {value!r}")
+        if value > most:
+            raise SpecError(f"{key} is larger than {most}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -224,7 +227,7 @@ class _ConfigReader:
         if high <= low:
             raise SpecError(f"rope_scaling: high_freq_factor ({high}) must exceed low_freq_factor ({low})")
         original = part("original_max_position_embeddings")
-        return theta, RopeScaling(kind, part("factor"), low, high, int(original))
+        return theta, RopeScaling(kind, part("factor"), low, high, int(min(original, 2**31)))
 
     def sliding_window(self, family: str, num_layers: int) -> int | None:
         """The window of every layer; a model that mixes windowed and full layers is refused."""

@@ -283,7 +283,7 @@ def test_an_adapter_of_a_deeper_or_shallower_base_is_refused(pristine: Path, spe
     ):
         read_adapter(ref(pristine), shallow)
     with pytest.raises(
-        AdapterError, match=r"nothing for 1 of the base's 4, first model.layers.3.self_attn.q_proj"
+        AdapterError, match=r"nothing for 1 of the base's 4, first model.layers.3.self_attn.q_proj;"
     ):
         read_adapter(ref(pristine), deep)
 

@@ -332,7 +332,7 @@ def test_a_sentencepiece_vocabulary_merges_by_score_and_falls_back_to_bytes() ->
         ),
         (bpe_metadata("smollm", **{"tokenizer.ggml.merges": ["a b c"]}), "a merge is not two tokens"),
         (bpe_metadata("smollm", **{"tokenizer.ggml.merges": None}), "tokenizer.ggml.merges is missing"),
-        (bpe_metadata("smollm", **{"tokenizer.ggml.tokens": []}), "tokenizer.ggml.tokens is missing"),
+        (bpe_metadata("smollm", **{"tokenizer.ggml.tokens": [1]}), "tokenizer.ggml.tokens is missing"),
         (bpe_metadata("smollm", **{"tokenizer.ggml.token_type": [1]}), "one type per token"),
         (bpe_metadata("smollm", **{"tokenizer.ggml.eos_token_id": 999}), "eos_token_id is 999, outside"),
         (spm_metadata(**{"tokenizer.ggml.scores": None}), "tokenizer.ggml.scores"),

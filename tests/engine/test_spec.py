@@ -122,6 +122,7 @@ def test_a_window_in_some_layers_only_is_refused() -> None:
         ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
         ({"hidden_size": "64"}, "hidden_size must be a positive integer"),
         ({"hidden_size": True}, "hidden_size must be a positive integer"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers is larger than 4096"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer"),
         ({"num_attention_heads": 3}, "num_attention_heads"),
         ({"head_dim": 15}, "head_dim must be even"),
