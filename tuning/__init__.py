@@ -1,0 +1,1 @@
+"""The paper's other half: tasks, LoRA fine-tuning, evaluation."""
