@@ -164,7 +164,9 @@ def _require(*extras: str) -> None:
     for extra in extras:
         missing = [name for name in _REQUIREMENTS[extra] if importlib.util.find_spec(name) is None]
         if missing:
-            raise _failure(f"The {extra} needs {', '.join(missing)}: pip install 'loraland[{extra}]'")
+            raise _failure(
+                f"The {extra} needs {', '.join(missing)}. In a checkout of this project: pip install '.[{extra}]'"
+            )
 
 
 def _become(command: tuple[str, ...]) -> NoReturn:

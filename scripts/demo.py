@@ -54,13 +54,13 @@ class DemoError(Exception):
 
 def main() -> None:
     options = _parse(sys.argv[1:])
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _on_signal)
     try:
         run(console, options)
     except (DemoError, openai.APIError) as error:
-        console.print(f"\n{error}", style="bold red", markup=False, highlight=False)
+        console.print(f"\n{error}", style="bold red", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("\nStopped.")
@@ -153,7 +153,7 @@ def list_models(console: Console, client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     trained = [name for name in names if "/random-" not in name]
     console.print(f"[bold]client.models.list()[/] names {len(names)} models:")
-    console.print("  " + "  ".join(trained), highlight=False)
+    console.print("  " + "  ".join(trained))
     if len(trained) < len(names):
         console.print(
             f"  and {len(names) - len(trained)} random adapters, for the load test only", style="dim"
@@ -266,7 +266,7 @@ answer = client.chat.completions.create(
 )
 print(answer.choices[0].message.content)
 """)
-    console.print(f"The server's log is {SERVER_LOG}. Ctrl-C stops everything.", highlight=False)
+    console.print(f"The server's log is {SERVER_LOG}. Ctrl-C stops everything.")
 
 
 def free_port() -> int:

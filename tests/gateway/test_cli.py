@@ -151,7 +151,7 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.Mon
     result = RUNNER.invoke(cli.app, ["engine"])
     assert result.exit_code == 2
     assert "no_such_package" in result.output
-    assert "pip install 'loraland[engine]'" in result.output
+    assert "pip install '.[engine]'" in result.output
 
 
 def test_the_file_in_the_working_directory_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
