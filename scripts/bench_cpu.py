@@ -462,7 +462,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "model": f"{PACKAGE} {distribution(PACKAGE).version}, as bfloat16",
         "llama.cpp": peer,
         "options": {name: str(value) for name, value in vars(options).items()},
