@@ -185,7 +185,12 @@ def damage(adapter: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "part"),
-    [("cut off", "safetensors"), ("pickle", "pickle"), ("another base", "names another base"), ("DoRA", "use_dora")],
+    [
+        ("cut off", "safetensors"),
+        ("pickle", "pickle"),
+        ("another base", "names another base"),
+        ("DoRA", "use_dora"),
+    ],
 )
 def test_a_damaged_adapter_is_refused_with_the_cause_and_nothing_else_suffers(
     system: System, how: str, part: str
