@@ -57,9 +57,7 @@ class World:
             self.runner,
             EngineConfig(**{"model": "none", "name": "fake", "adapter_slots": 2, **config}),
             ModelLimits(1000, 512, (2,)),
-            lambda outbox: [
-                self.messages.put((key, message)) for key, found in outbox.items() for message in found
-            ],
+            self.receive,
             read_adapter=self.adapters.read,
             device_bytes=lambda adapter: 64,
             version_of=self.adapters.version_of,
