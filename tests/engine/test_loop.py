@@ -65,6 +65,11 @@ class World:
         )
         self.engine.start()
 
+    def receive(self, outbox) -> None:
+        for key, found in outbox.items():
+            for message in found:
+                self.messages.put((key, message))
+
     def submit(
         self, request_id: str, adapter: str | None = None, connection: int = 1, prompt=(5, 6, 7), **sampling
     ):
