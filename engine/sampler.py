@@ -15,6 +15,10 @@ NUCLEUS = 1024
 """Candidates looked at first for top-p: sorting the whole vocabulary is needed only for very flat rows."""
 
 
+GREEDY_BELOW = 1e-5
+"""A lower temperature is greedy, as in vLLM: dividing by it would overflow."""
+
+
 def sample(logits_SV: Tensor, sequences: list[Sequence], eos_token_ids: Iterable[int]) -> list[int]:
     """One token per row. `logits_SV` (float32) is changed in place where a request asks for it.
 
@@ -24,7 +28,7 @@ def sample(logits_SV: Tensor, sequences: list[Sequence], eos_token_ids: Iterable
         adjust(logits_V, sequence, eos_token_ids)
     tokens = logits_SV.argmax(-1).tolist()
     for row, sequence in enumerate(sequences):
-        if sequence.request.sampling.temperature > 0:
+        if sequence.request.sampling.temperature >= GREEDY_BELOW:
             uniform = uniform_draw(sequence.seed, len(sequence.token_ids))
             tokens[row] = draw(logits_SV[row], sequence.request.sampling, uniform)
     return tokens
@@ -33,8 +37,9 @@ def sample(logits_SV: Tensor, sequences: list[Sequence], eos_token_ids: Iterable
 def adjust(logits_V: Tensor, sequence: Sequence, eos_token_ids: Iterable[int]) -> None:
     """Minimum length, logit bias and penalties, in place."""
     sampling = sequence.request.sampling
-    if sequence.num_generated < sampling.min_tokens:
-        logits_V[[*eos_token_ids, *sampling.stop_token_ids]] = -torch.inf
+    ends = [*eos_token_ids, *sampling.stop_token_ids]
+    if ends and sequence.num_generated < sampling.min_tokens:
+        logits_V[ends] = -torch.inf
     if sampling.logit_bias:
         logits_V[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
     if sampling.repetition_penalty != 1.0:

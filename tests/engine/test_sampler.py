@@ -31,6 +31,16 @@ def test_temperature_zero_takes_the_likeliest_token():
     assert sample(logits.clone(), rows, (0,)) == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-45])
+def test_a_temperature_next_to_zero_is_greedy(temperature):
+    logits = torch.randn(1, VOCABULARY)
+    assert sample(logits.clone(), [sequence(temperature=temperature)], (0,)) == [int(logits.argmax())]
+
+
+def test_min_tokens_of_a_model_without_end_tokens():
+    assert sample(torch.eye(3)[1:2].clone(), [sequence(temperature=0.0, min_tokens=2)], ()) == [1]
+
+
 def test_frequencies_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     counts = draws(probabilities.log(), 2000)
