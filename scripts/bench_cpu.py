@@ -454,7 +454,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         )
         peer = (version.stdout + version.stderr).strip().splitlines()[-2:]
     return {
-        "command": shlex.join(["python", "-m", "scripts.bench_cpu", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "scripts.bench_cpu", *map(_without_place, sys.argv[1:])]),
         "commit": commit.stdout.strip() or None,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
@@ -465,8 +465,13 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "model": f"{PACKAGE} {distribution(PACKAGE).version}, as bfloat16",
         "llama.cpp": peer,
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": {name: _without_place(str(value)) for name, value in vars(options).items()},
     }
+
+
+def _without_place(argument: str) -> str:
+    """A path's last part: where a file lies on this machine is nobody's concern."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def adapter_name(number: int) -> str:

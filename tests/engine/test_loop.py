@@ -1,5 +1,6 @@
 """The engine's thread from the outside: every request ends, and whatever it held is free."""
 
+import math
 import queue
 import threading
 import time
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, LoraWeights
 from engine.config import EngineConfig
@@ -21,7 +24,8 @@ from engine.protocol import (
     SamplingParams,
     StepOutput,
 )
-from engine.step import StepPlan, StepResult
+from engine.sampler import sample
+from engine.step import ChunkResult, StepPlan, StepResult
 
 
 class Adapters:
@@ -214,6 +218,15 @@ def test_a_lost_connection_frees_its_requests_and_no_others():
         ({"prompt": (-1,)}, RejectCode.INVALID, "999"),
         ({"logit_bias": {5000: 1.0}}, RejectCode.INVALID, "999"),
         ({"max_tokens": 0}, RejectCode.INVALID, "max_tokens"),
+        ({"temperature": math.nan}, RejectCode.INVALID, "temperature"),
+        ({"temperature": -1.0}, RejectCode.INVALID, "temperature"),
+        ({"top_p": 0.0}, RejectCode.INVALID, "top_p"),
+        ({"min_p": 1.5}, RejectCode.INVALID, "min_p"),
+        ({"repetition_penalty": 0.0}, RejectCode.INVALID, "repetition_penalty"),
+        ({"frequency_penalty": math.inf}, RejectCode.INVALID, "frequency_penalty"),
+        ({"logit_bias": {5: math.nan}}, RejectCode.INVALID, "logit_bias"),
+        ({"logprobs": -1}, RejectCode.INVALID, "logprobs"),
+        ({"prompt_logprobs": -1}, RejectCode.INVALID, "prompt_logprobs"),
         ({"prompt": (5,) * 512}, RejectCode.CONTEXT_LENGTH, "512 tokens"),
     ],
 )
@@ -222,6 +235,60 @@ def test_a_request_that_cannot_be_served_is_told_why(world, request_, code, part
     _, ending = world.wait("r")
     assert ending.code is code and part in ending.message
     assert world.is_idle()
+
+
+class Sampling(FakeRunner):
+    """Samples from made-up logits with the real sampler."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        sequences = [chunk.sequence for chunk in plan.chunks]
+        logits_SV = 5 * torch.randn(len(sequences), 1000, generator=torch.Generator().manual_seed(1))
+        return StepResult([ChunkResult(token) for token in sample(logits_SV, sequences, (2,))])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    temperature=st.floats(0, 2),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    top_k=st.integers(-1, 2**31 - 1),
+    repetition_penalty=st.floats(0.01, 10),
+    presence_penalty=st.floats(-2, 2),
+    bias=st.floats(-100, 100),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+@example(1e-300, 0.9, 0.0, 0, 1.0, 0.0, 0.0, 0)
+@example(1.0, 1e-300, 0.0, 0, 1.0, 0.0, 0.0, 0)
+def test_what_the_gateway_lets_through_can_be_sampled(
+    sampling_world, temperature, top_p, min_p, top_k, repetition_penalty, presence_penalty, bias, seed
+):
+    sampling_world.submit(
+        "r",
+        temperature=temperature,
+        top_p=top_p,
+        min_p=min_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        logit_bias={5: bias},
+        seed=seed,
+        max_tokens=2,
+    )
+    assert sampling_world.wait("r")[1] is FinishReason.LENGTH
+
+
+@pytest.fixture(scope="module")
+def sampling_world() -> Iterator[World]:
+    made = World(Sampling(64, 16))
+    yield made
+    made.engine.stop()
+
+
+@pytest.mark.parametrize("tiny", [{"temperature": 1e-300, "top_p": 0.9}, {"temperature": 1.0, "top_p": 1e-300}])
+def test_the_smallest_temperature_and_top_p_take_the_likeliest_token(sampling_world, tiny):
+    sampling_world.submit("greedy")
+    sampling_world.submit("tiny", **tiny)
+    assert sampling_world.wait("tiny")[0] == sampling_world.wait("greedy")[0]
 
 
 def test_a_request_id_in_use_is_refused_and_the_first_goes_on():
@@ -269,6 +336,69 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on():
     assert world.wait("fine")[1] is FinishReason.LENGTH
     assert world.is_idle() and not world.crashed.is_set()
     world.engine.stop()
+
+
+class Stubborn(FakeRunner):
+    """Fails to fill or to empty a slot."""
+
+    def __init__(self, *fails: str):
+        super().__init__(64, 16)
+        self._fails = fails
+
+    def install_adapter(self, slot, prepared):
+        super().install_adapter(slot, prepared)
+        if "install" in self._fails:
+            raise RuntimeError("out of memory")
+
+    def remove_adapter(self, slot):
+        super().remove_adapter(slot)
+        if "remove" in self._fails:
+            raise RuntimeError("stuck")
+
+
+def test_an_adapter_that_cannot_be_installed_is_refused_and_the_engine_goes_on():
+    world = World(Stubborn("install"), adapter_slots=1)
+    for name in ("good", "other"):
+        world.submit(name, name)
+        ending = world.wait(name)[1]
+        assert ending.code is RejectCode.ADAPTER_INVALID and "out of memory" in ending.message
+        assert not world.runner.slots, "half an adapter is left in the slot"
+    world.submit("base")
+    assert world.wait("base")[1] is FinishReason.LENGTH
+    assert world.is_idle() and not world.crashed.is_set()
+    world.engine.stop()
+
+
+def test_a_slot_that_cannot_be_emptied_does_not_end_the_engine():
+    world = World(Stubborn("remove"), adapter_slots=1)
+    for name in ("good", "other", "good"):
+        world.submit(name, name)
+        assert world.wait(name)[1] is FinishReason.LENGTH
+    assert not world.crashed.is_set()
+    world.engine.stop()
+
+
+@pytest.mark.parametrize("error", [ValueError("Invalid IPv6 URL"), PermissionError("not allowed")])
+def test_an_adapter_whose_place_cannot_be_looked_at_is_refused_and_the_engine_goes_on(world, error):
+    def version_of(ref):
+        raise error
+
+    world.engine._version_of = version_of
+    world.submit("r", "good")
+    ending = world.wait("r")[1]
+    assert ending.code is RejectCode.ADAPTER_INVALID and "good" in ending.message
+    assert world.is_idle() and not world.crashed.is_set()
+
+
+def test_invented_adapter_names_do_not_become_metrics(world):
+    for index in range(3):
+        world.submit(f"n{index}", f"invented-{index}")
+        world.wait(f"n{index}")
+        world.submit(f"e{index}", f"invented-{index}", prompt=())
+        world.wait(f"e{index}")
+    text = world.engine.metrics.render().decode()
+    assert "invented" not in text
+    assert 'loraland_engine_requests_total{adapter="(unknown)",outcome="adapter_not_found"} 3.0' in text
 
 
 def test_stopping_tells_everybody():

@@ -97,6 +97,22 @@ def test_progress_is_reported_once_though_preempted():
     assert all(told[s.key] == s.token_ids[s.num_prompt_tokens :] for s in bench.sequences)
 
 
+def test_cached_tokens_are_those_of_the_first_admission_though_preempted_before_the_first_token():
+    bench = Bench(blocks=14, max_batch_tokens=4, max_sequences=4)
+    for index in range(3):
+        bench.add(4, first=index * 20, max_tokens=30)
+    for _ in range(20):
+        bench.step()
+    late = bench.add(16, first=70, max_tokens=2)
+    preempted_while_prefilling = False
+    while late.state is not SequenceState.FINISHED:
+        computed = late.num_computed
+        bench.step()
+        preempted_while_prefilling |= late.num_computed < computed and late.num_generated == 0
+    assert preempted_while_prefilling
+    assert late.num_cached == 0, "it found only what it had computed itself"
+
+
 def test_a_flood_on_one_adapter_does_not_starve_another():
     bench = Bench(blocks=400, max_sequences=4)
     for index in range(50):

@@ -1,6 +1,10 @@
 """The engine's HTTP edge, driven as a gateway would."""
 
 import asyncio
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -160,3 +164,53 @@ async def test_before_the_model_is_loaded_it_is_alive_but_not_ready():
         for path in ("/readyz", FACTS_PATH, WIRE_PATH, "/metrics"):
             response = await client.get(path)
             assert response.status == 503 and response.headers["Retry-After"] == "1"
+
+
+async def test_a_gateway_that_does_not_read_is_cut_off_and_its_requests_are_freed(monkeypatch):
+    monkeypatch.setattr("engine.server.MAX_BACKLOG_BYTES", 100_000)
+    server = EngineServer()
+    engine = EngineLoop(
+        FakeRunner(4096, 16),
+        EngineConfig(model="none", name="fake"),
+        ModelLimits(100_000, 50_000, (2,)),
+        server.deliver,
+        read_adapter=refuse,
+        device_bytes=lambda adapter: 0,
+    )
+    engine.start()
+    server.attach(engine, FACTS, {})
+    async with TestClient(TestServer(server.app)) as client, client.ws_connect(WIRE_PATH) as good:
+        deaf = socket.create_connection((client.host, client.port))
+        with deaf:
+            deaf.sendall(
+                f"GET {WIRE_PATH} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
+            )
+            sampling = SamplingParams(40_000, temperature=0.0, ignore_eos=True, logprobs=20)
+            for number in range(8):
+                frame = encode(Generate(str(number), [5, 6, 7], sampling))
+                assert len(frame) < 126
+                deaf.sendall(bytes([0x82, 0x80 | len(frame), 0, 0, 0, 0]) + frame)
+            while engine.status().running < 8:
+                await asyncio.sleep(0.005)
+            async with asyncio.timeout(10):
+                while len(server._connections) > 1:
+                    await asyncio.sleep(0.01)
+            assert await eventually_idle(engine), "what it asked for is still being computed"
+        await good.send_bytes(request("a"))
+        assert len(await collect(good, "a")) == 5
+    await asyncio.to_thread(engine.stop)
+
+
+async def test_gateways_that_do_not_answer_do_not_hold_up_the_end(edge):
+    sockets = [await edge.client.ws_connect(WIRE_PATH, autoclose=False) for _ in range(4)]
+    started = time.monotonic()
+    await edge.client.server.close()
+    assert time.monotonic() - started < 2
+    for opened in sockets:
+        await opened.close()
+
+
+def test_the_edge_loads_without_torch():
+    code = "import sys, engine.server, engine.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
