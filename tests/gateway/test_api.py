@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer as HfTokenizer
 
 from engine.protocol import AdapterRef, Generate, RejectCode, Rejected
-from tests.gateway.conftest import MAX_MODEL_LEN, Gateway, encode
+from tests.gateway.conftest import MAX_MODEL_LEN, Gateway, encode, wait_until
 from tests.gateway.fake_engine import FakeEngine
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hello world"}]}
@@ -167,7 +167,7 @@ def test_stop_strings_end_the_text_before_them_and_free_the_engine(
     assert "".join(choice["text"] for choice in choices) == shown
     assert choices[-1]["finish_reason"] == "stop"
     if stop != ["dog!"]:
-        assert engine.requests[0].request_id in engine.aborted or not engine.running
+        wait_until(lambda: engine.requests[0].request_id in engine.aborted or not engine.running)
 
 
 def test_min_tokens_puts_stop_strings_off(
@@ -386,7 +386,7 @@ def test_one_refused_choice_refuses_the_request_and_aborts_the_others(
     engine.silent = True
     error_of(http.post("/v1/chat/completions", json={**CHAT, "n": 4}), 429)
     http.get("/healthz")
-    assert len(engine.aborted) == 3
+    wait_until(lambda: len(engine.aborted) == 3)
 
 
 @pytest.mark.parametrize(
