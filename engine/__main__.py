@@ -3,11 +3,14 @@
 import argparse
 import asyncio
 import functools
+import hashlib
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +19,10 @@ import structlog
 from aiohttp import web
 
 from engine.config import ConfigError, EngineConfig, check_config, load_config
+from engine.protocol import ModelFacts
 
 if TYPE_CHECKING:
+    from engine.checkpoint import Checkpoint
     from engine.loop import EngineLoop
     from engine.server import EngineServer
 
@@ -98,7 +103,9 @@ async def serve(config: EngineConfig, *, fake: bool = False) -> int:
             main_loop.call_soon_threadsafe(crashed.set)
             main_loop.call_soon_threadsafe(stop.set)
 
-        loading = asyncio.create_task(asyncio.to_thread(load, config, server, crash, fake))
+        # A pool of its own: asyncio waits for its default one at the end, however long the model takes.
+        loader = ThreadPoolExecutor(1, "model-loader")
+        loading = main_loop.run_in_executor(loader, load, config, server, crash, fake)
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
@@ -128,7 +135,6 @@ def load(
     from engine.adapter import HostAdapter, read_adapter
     from engine.checkpoint import CheckpointError, open_checkpoint
     from engine.loop import EngineLoop, ModelLimits
-    from engine.protocol import ModelFacts
     from engine.spec import SpecError
 
     try:
@@ -141,7 +147,13 @@ def load(
         else:
             from engine.runner import DTYPES, ModelRunner
 
-            runner = ModelRunner(checkpoint, config, ProgressLog())
+            try:
+                runner = ModelRunner(checkpoint, config, ProgressLog())
+            except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as the latter
+                reason = str(error).partition("\n")[0]
+                raise LoadError(
+                    f"The model could not be set up with kv_cache_mib = {config.kv_cache_mib}: {reason}"
+                ) from error
             item_bytes = DTYPES[config.dtype].itemsize
     except (CheckpointError, SpecError) as error:
         raise LoadError(str(error)) from error
@@ -160,20 +172,29 @@ def load(
         device_bytes=device_bytes,
         on_crash=on_crash,
     )
-    facts = ModelFacts(
-        name=config.name,
-        root=checkpoint.root,
-        max_model_len=engine.scheduler.max_len,
-        vocab_size=spec.vocab_size,
-        eos_token_ids=list(spec.eos_token_ids),
-        dtype=config.dtype,
-        files=sorted(checkpoint.files),
-        digest=checkpoint.digest,
-    )
+    facts = model_facts(config, checkpoint, engine.scheduler.max_len)
     engine.start()
     server.attach(engine, facts, checkpoint.files)
     log.info("engine_ready", model=config.name, max_model_len=facts.max_model_len)
     return engine
+
+
+def model_facts(config: EngineConfig, checkpoint: "Checkpoint", max_model_len: int) -> ModelFacts:
+    """What gateways are told; its digest covers the facts, the files and the weights."""
+    facts = ModelFacts(
+        name=config.name,
+        root=checkpoint.root,
+        max_model_len=max_model_len,
+        vocab_size=checkpoint.spec.vocab_size,
+        eos_token_ids=list(checkpoint.spec.eos_token_ids),
+        dtype=config.dtype,
+        files=sorted(checkpoint.files),
+        digest=checkpoint.digest,
+    )
+    digest = hashlib.sha256(msgspec.json.encode(facts))
+    for name in facts.files:
+        digest.update(hashlib.sha256(checkpoint.files[name]).digest())
+    return msgspec.structs.replace(facts, digest=digest.hexdigest())
 
 
 class ProgressLog:
@@ -190,4 +211,7 @@ class ProgressLog:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread that reads a model or an adapter cannot be interrupted, and would be waited for

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 import structlog
 
 from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, adapter_version
 from engine.config import EngineConfig
 from engine.kv_blocks import BlockPool
-from engine.metrics import EngineMetrics
+from engine.metrics import UNKNOWN_ADAPTER, EngineMetrics
 from engine.protocol import (
     AdapterRef,
     EngineStatus,
@@ -27,6 +28,7 @@ from engine.protocol import (
     Generate,
     RejectCode,
     Rejected,
+    SamplingParams,
     SequenceOutput,
     StepOutput,
 )
@@ -36,6 +38,11 @@ from engine.sequence import Sequence, SequenceState
 from engine.step import Runner
 
 log = structlog.get_logger()
+
+SMALLEST_TOP_P = 1e-10
+"""A top-p below this keeps the likeliest token alone in any vocabulary; in float32 a smaller one would keep none."""
+LARGEST_WEIGHT = 1e6
+"""Bound of temperature, penalties (repetition: both ways) and biases, within which float32 stays finite."""
 
 Message = StepOutput | Rejected
 Deliver = Callable[[dict[int, list[Message]]], None]
@@ -231,9 +238,11 @@ class EngineLoop:
         now = self._clock()
         refusal = self._refusal(connection, request)
         if refusal is not None:
-            self.metrics.requests.labels(request.adapter.name if request.adapter else "", refusal.code).inc()
+            label = UNKNOWN_ADAPTER if request.adapter else ""
+            self.metrics.requests.labels(label, refusal.code).inc()
             self._outbox.setdefault(connection, []).append(refusal)
             return
+        request = _with_computable_top_p(request)
         seed = request.sampling.seed
         sequence = Sequence(
             key=self._next_key,
@@ -257,6 +266,11 @@ class EngineLoop:
                 self._reject(sequence, RejectCode.ADAPTER_NOT_FOUND, text)
             else:
                 self._reject(sequence, RejectCode.ADAPTER_INVALID, _explain(request.adapter, error))
+            return
+        except (OSError, ValueError) as error:
+            log.warning("adapter_refused", adapter=request.adapter.name, reason=str(error))
+            text = f"The adapter {request.adapter.name!r} cannot be looked up: {type(error).__name__}."
+            self._reject(sequence, RejectCode.ADAPTER_INVALID, text)
             return
         self._versions[sequence.key] = version
         self._waiting_adapter.setdefault(version, []).append(sequence)
@@ -285,8 +299,9 @@ class EngineLoop:
         ids = [*request.prompt, *sampling.logit_bias, *sampling.stop_token_ids]
         if min(ids) < 0 or max(ids) >= limits.vocab_size:
             return refuse(RejectCode.INVALID, f"Token ids must lie between 0 and {limits.vocab_size - 1}.")
-        if sampling.max_tokens < 1:
-            return refuse(RejectCode.INVALID, "max_tokens must be at least 1.")
+        wrong = _out_of_range(sampling)
+        if wrong is not None:
+            return refuse(RejectCode.INVALID, wrong)
         waiting = len(self._sequences) - self.scheduler.num_running
         if waiting >= self._config.max_waiting:
             wait_s = min(60.0, max(1.0, waiting / max(self._requests_per_s, 0.1)))
@@ -328,7 +343,10 @@ class EngineLoop:
             self.residency.release(version, now)
         self._last_token_s.pop(sequence.key, None)
         del self._sequences[sequence.connection, sequence.request.request_id]
-        self.metrics.requests.labels(_adapter_label(sequence), outcome).inc()
+        # Names that lead to no adapter are invented by callers: each would be a time series for ever.
+        known = sequence.request.adapter is None or version is not None
+        label = _adapter_label(sequence) if known else UNKNOWN_ADAPTER
+        self.metrics.requests.labels(label, outcome).inc()
         if outcome in (FinishReason.STOP, FinishReason.LENGTH):
             spent_s = max(now - sequence.arrival_s, 1e-3)
             rate = (self.scheduler.num_running + 1) / spent_s
@@ -357,7 +375,7 @@ class EngineLoop:
                 case Copy(version, slot):
                     self._loader.submit(self._copy, version, slot, self._host[version])
                 case Evict(version, slot):
-                    self._runner.remove_adapter(slot)
+                    self._empty(version, slot)
                     self.metrics.evictions.inc()
                 case Drop(version):
                     self._host.pop(version, None)
@@ -401,8 +419,21 @@ class EngineLoop:
         self.residency.fetched(version, adapter.digest, adapter.num_bytes, device_bytes, self._clock())
 
     def _copied(self, version: Version, slot: int, prepared: Any) -> None:
-        self._runner.install_adapter(slot, prepared)
-        self.residency.copied(version)
+        try:
+            self._runner.install_adapter(slot, prepared)
+        except Exception as error:
+            log.exception("adapter_failed", adapter=version.ref.name, slot=slot)
+            self._empty(version, slot)
+            reason = f"The adapter {version.ref.name!r} cannot be loaded: {type(error).__name__}: {error}"
+            self._adapter_failed(version, reason)
+        else:
+            self.residency.copied(version)
+
+    def _empty(self, version: Version, slot: int) -> None:
+        try:
+            self._runner.remove_adapter(slot)
+        except Exception:
+            log.exception("slot_not_emptied", adapter=version.ref.name, slot=slot)
 
     def _adapter_failed(self, version: Version, reason: str) -> None:
         log.warning("adapter_refused", adapter=version.ref.name, reason=reason)
@@ -429,6 +460,33 @@ class EngineLoop:
         for sequence in list(self._sequences.values()):
             self._reject(sequence, RejectCode.UNAVAILABLE, "The engine is shutting down.")
         self._stopping = True
+
+
+def _out_of_range(sampling: SamplingParams) -> str | None:
+    """What of it cannot be computed, or None. One bad row would fail the step of everybody in its batch."""
+    # NaN fails every comparison.
+    within = {
+        "max_tokens": sampling.max_tokens >= 1,
+        "temperature": 0 <= sampling.temperature <= LARGEST_WEIGHT,
+        "top_p": 0 < sampling.top_p <= 1,
+        "min_p": 0 <= sampling.min_p <= 1,
+        "repetition_penalty": 1 / LARGEST_WEIGHT <= sampling.repetition_penalty <= LARGEST_WEIGHT,
+        "frequency_penalty": abs(sampling.frequency_penalty) <= LARGEST_WEIGHT,
+        "presence_penalty": abs(sampling.presence_penalty) <= LARGEST_WEIGHT,
+        "logit_bias": all(abs(bias) <= LARGEST_WEIGHT for bias in sampling.logit_bias.values()),
+        "logprobs": sampling.logprobs is None or sampling.logprobs >= 0,
+        "prompt_logprobs": sampling.prompt_logprobs is None or sampling.prompt_logprobs >= 0,
+    }
+    wrong = [f"{key} ({getattr(sampling, key)})" for key, fine in within.items() if not fine]
+    return f"Out of range: {', '.join(wrong)}." if wrong else None
+
+
+def _with_computable_top_p(request: Generate) -> Generate:
+    """A vanishing top-p is said as what it means: the likeliest token."""
+    if request.sampling.top_p >= SMALLEST_TOP_P:
+        return request
+    greedy = msgspec.structs.replace(request.sampling, temperature=0.0, top_p=1.0)
+    return msgspec.structs.replace(request, sampling=greedy)
 
 
 def _adapter_label(sequence: Sequence) -> str:

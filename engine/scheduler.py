@@ -46,6 +46,8 @@ class Scheduler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._queues: OrderedDict[str | None, deque[Sequence]] = OrderedDict()
         self._running: list[Sequence] = []
+        self._preempted: set[int] = set()
+        """Keys of the sequences that have been preempted: what they then find in the cache may be their own."""
         self.num_preemptions = 0
 
     @property
@@ -121,6 +123,7 @@ class Scheduler:
         if sequence.num_generated == 0:
             sequence.prompt_logprobs.clear()
         sequence.state = SequenceState.WAITING
+        self._preempted.add(sequence.key)
         self.num_preemptions += 1
         self._queues.setdefault(sequence.adapter_digest, deque()).appendleft(sequence)
         self._queues.move_to_end(sequence.adapter_digest, last=False)
@@ -151,7 +154,7 @@ class Scheduler:
             del self._queues[digest]
         sequence.block_table = cached + blocks
         sequence.num_computed = len(cached) * pool.block_size
-        if sequence.num_generated == 0:
+        if sequence.key not in self._preempted:
             sequence.num_cached = sequence.num_computed
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
@@ -201,5 +204,6 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason | None) -> None:
         self._pool.release(sequence.block_table)
         sequence.block_table = []
+        self._preempted.discard(sequence.key)
         sequence.state = SequenceState.FINISHED
         sequence.finish_reason = reason

@@ -4,12 +4,12 @@ import asyncio
 import itertools
 import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from engine.loop import EngineLoop, Message
 from engine.protocol import (
     FACTS_PATH,
     FILES_PATH,
@@ -21,6 +21,9 @@ from engine.protocol import (
     decode_to_engine,
     encode,
 )
+
+if TYPE_CHECKING:  # it brings torch, and the edge answers before that is loaded
+    from engine.loop import EngineLoop, Message
 
 STATUS_INTERVAL_S = 1.0
 STALL_S = 120.0
@@ -34,8 +37,9 @@ log = structlog.get_logger()
 class Connection:
     """One gateway's WebSocket. Frames are queued, so the loop never waits for a slow reader."""
 
-    def __init__(self, socket: web.WebSocketResponse) -> None:
+    def __init__(self, socket: web.WebSocketResponse, transport: asyncio.Transport | None) -> None:
         self.socket = socket
+        self._transport = transport
         self._frames: asyncio.Queue[bytes] = asyncio.Queue()
         self._backlog = 0
 
@@ -46,6 +50,11 @@ class Connection:
     @property
     def overrun(self) -> bool:
         return self._backlog > MAX_BACKLOG_BYTES
+
+    def cut_off(self) -> None:
+        """Drop the connection now. A closing handshake would wait for the reader that does not read."""
+        if self._transport is not None:
+            self._transport.abort()
 
     async def drain(self) -> None:
         """Write frames until cancelled; the connection's sender task."""
@@ -80,16 +89,16 @@ class EngineServer:
         self.app.on_startup.append(self._remember_loop)
         self.app.on_shutdown.append(self._close_connections)
 
-    def attach(self, engine: EngineLoop, facts: ModelFacts, files: dict[str, bytes]) -> None:
+    def attach(self, engine: "EngineLoop", facts: ModelFacts, files: dict[str, bytes]) -> None:
         """The model is loaded: from now on requests are served."""
         self._engine, self._facts, self._files = engine, facts, files
 
-    def deliver(self, outbox: dict[int, list[Message]]) -> None:
+    def deliver(self, outbox: "dict[int, list[Message]]") -> None:
         """Called on the engine's thread with the step's messages; returns at once."""
         if self._asyncio is not None and not self._asyncio.is_closed():
             self._asyncio.call_soon_threadsafe(self._dispatch, outbox)
 
-    def _dispatch(self, outbox: dict[int, list[Message]]) -> None:
+    def _dispatch(self, outbox: "dict[int, list[Message]]") -> None:
         for key, messages in outbox.items():
             connection = self._connections.get(key)
             if connection is None:
@@ -99,7 +108,7 @@ class EngineServer:
             if connection.overrun:
                 log.warning("connection_cut_off", connection=key, reason="it does not read")
                 del self._connections[key]
-                self._task = asyncio.ensure_future(connection.socket.close(code=WSCloseCode.POLICY_VIOLATION))
+                connection.cut_off()
 
     async def _remember_loop(self, _: web.Application) -> None:
         self._asyncio = asyncio.get_running_loop()
@@ -114,7 +123,7 @@ class EngineServer:
             return _loading()
         socket = web.WebSocketResponse(max_msg_size=MAX_FRAME_BYTES, heartbeat=20.0, timeout=1.0)
         await socket.prepare(request)
-        key, connection = next(self._ids), Connection(socket)
+        key, connection = next(self._ids), Connection(socket, request.transport)
         self._connections[key] = connection
         log.info("gateway_connected", connection=key, peer=request.remote)
         tasks = [
@@ -179,7 +188,7 @@ class EngineServer:
         )
 
 
-async def _report_status(engine: EngineLoop, connection: Connection) -> None:
+async def _report_status(engine: "EngineLoop", connection: Connection) -> None:
     while True:
         connection.send(encode(engine.status()))
         await asyncio.sleep(STATUS_INTERVAL_S)
