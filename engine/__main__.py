@@ -115,6 +115,9 @@ async def serve(config: EngineConfig, *, fake: bool = False) -> int:
         except LoadError as error:
             log.error("model_not_loaded", reason=str(error))
             return 1
+        # Its OpenMP threads must end with it: with more of those than cores none spins at a barrier any more, and
+        # every step takes half as long again.
+        loader.shutdown(wait=False)
         await stopping
         return 1 if crashed.is_set() else 0
     finally:

@@ -31,6 +31,10 @@ class FakeRunner:
         self._step_s = step_s
         self._token_s = token_s
 
+    def enter_loop_thread(self) -> None: ...
+
+    def enter_loader_thread(self) -> None: ...
+
     def run(self, plan: StepPlan) -> StepResult:
         pause_s = self._step_s + self._token_s * plan.num_tokens
         if pause_s:

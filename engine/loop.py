@@ -105,7 +105,7 @@ class EngineLoop:
             config.adapter_slots, config.adapter_host_mib * mib, config.adapter_device_mib * mib
         )
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._loader = ThreadPoolExecutor(1, "adapter-loader")
+        self._loader = ThreadPoolExecutor(1, "adapter-loader", initializer=runner.enter_loader_thread)
         self._host: dict[Version, HostAdapter] = {}
         self._sequences: dict[tuple[int, str], Sequence] = {}
         self._versions: dict[int, Version] = {}
@@ -153,6 +153,7 @@ class EngineLoop:
     def _run(self) -> None:
         log.info("loop_started", kv_blocks=self.pool.num_blocks, block_size=self.pool.block_size)
         try:
+            self._runner.enter_loop_thread()
             self._work()
         except Exception:
             log.exception("loop_crashed", open_requests=len(self._sequences))

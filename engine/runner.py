@@ -34,8 +34,8 @@ class ModelRunner:
         config: EngineConfig,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        self._threads = config.threads or torch.get_num_threads()
+        torch.set_num_threads(self._threads)
         started = time.monotonic()
         spec, dtype = checkpoint.spec, DTYPES[config.dtype]
         kernels = select_kernels(dtype, config.kernels)
@@ -54,8 +54,16 @@ class ModelRunner:
             dtype=config.dtype,
             kv_blocks=self.num_blocks,
             kv_tokens=self.num_blocks * BLOCK,
-            threads=torch.get_num_threads(),
+            threads=self._threads,
         )
+
+    def enter_loop_thread(self) -> None:
+        torch.set_num_threads(self._threads)
+
+    def enter_loader_thread(self) -> None:
+        # OpenMP counts the threads of every pool: with more of them than cores none spins at a barrier any more,
+        # and every step takes half as long again.
+        torch.set_num_threads(1)
 
     def prepare_adapter(self, adapter: HostAdapter) -> DeviceAdapter:
         return prepare_adapter(adapter, self._dtype)

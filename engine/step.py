@@ -62,6 +62,14 @@ class Runner(Protocol):
     num_blocks: int
     block_size: int
 
+    def enter_loop_thread(self) -> None:
+        """Called first thing on the loop's thread."""
+        ...
+
+    def enter_loader_thread(self) -> None:
+        """Called first thing on every loader thread, which must leave the processors to the loop's."""
+        ...
+
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step. Called from the loop's thread only."""
         ...
