@@ -6,7 +6,8 @@ The residual stream is float32 whatever the weights are.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from engine.checkpoint import Checkpoint
 from engine.kernels.reference import BLOCK, Linear, ReferenceKernels
 from engine.lora import GROUPS, LoraSlots
 from engine.spec import ModelSpec
+
+RECORDED_ROWS = 64
+"""Steps of up to so many rows are recorded once and repeated: where few rows are computed, calling each kernel from
+Python takes a good part of the time."""
 
 KvCache = list[tuple[Tensor, Tensor]]
 """Per layer: keys [blocks, kv heads, head, BLOCK] and values [blocks, kv heads, BLOCK, head]."""
@@ -29,6 +34,43 @@ class Layer:
     post_norm: Tensor
     gate_up: Linear
     down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """What the layers of a step write to, layer after layer."""
+
+    residual: Tensor
+    """[T, H] float32"""
+    x: Tensor
+    """[T, H] normalised residual."""
+    qkv: Tensor
+    attended: Tensor
+    delta: Tensor
+    """[T, H] what a block adds to the residual."""
+    gate_up: Tensor
+    hidden: Tensor
+    """[T, intermediate]"""
+
+    @classmethod
+    def allocate(cls, spec: ModelSpec, rows: int, dtype: torch.dtype) -> "Workspace":
+        queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        return cls(
+            residual=torch.empty(rows, spec.hidden_size),
+            x=torch.empty(rows, spec.hidden_size, dtype=dtype),
+            qkv=torch.empty(rows, queries + 2 * keys, dtype=dtype),
+            attended=torch.empty(rows, queries, dtype=dtype),
+            delta=torch.empty(rows, spec.hidden_size, dtype=dtype),
+            gate_up=torch.empty(rows, 2 * spec.intermediate_size, dtype=dtype),
+            hidden=torch.empty(rows, spec.intermediate_size, dtype=dtype),
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.x.shape[0]
+
+    def first(self, rows: int) -> "Workspace":
+        return Workspace(*(getattr(self, field.name)[:rows] for field in fields(self)))
 
 
 class Decoder:
@@ -50,6 +92,8 @@ class Decoder:
         for index in range(self.spec.num_layers):
             self._layers.append(self._load_layer(checkpoint, index))
             progress(index + 1, self.spec.num_layers)
+        self._workspace = Workspace.allocate(self.spec, 0, dtype)
+        self._recorded: dict[tuple[int, frozenset[str]], Callable[[Batch], None]] = {}
         self._norm = checkpoint.tensor("model.norm.weight", torch.float32)
         self._embedding = kernels.pack_linear(checkpoint.tensor("model.embed_tokens.weight", dtype), None)
         if self.spec.tie_word_embeddings:
@@ -90,30 +134,47 @@ class Decoder:
         ]
 
     def forward(self, batch: Batch, kv_cache: KvCache, lora: LoraSlots) -> Tensor:
-        """The normalised hidden state [T, H] of every row, in the model's dtype."""
-        ops, spec = self.kernels, self.spec
+        """The normalised hidden state [T, H] of every row, in the model's dtype; overwritten by the next step."""
+        rows = len(batch.token_ids)
+        if rows > self._workspace.rows:
+            self._workspace = Workspace.allocate(self.spec, rows, self.dtype)
+            self._recorded.clear()
+        work = self._workspace.first(rows)
+        work.residual.copy_(self.kernels.embed(batch.token_ids, self._embedding))
         adapted = lora.active_groups(batch.slots)
-        residual_TH = ops.embed(batch.token_ids, self._embedding)
-        x_TH = torch.empty(residual_TH.shape, dtype=self.dtype)
+        compute = self._recorded.get((rows, adapted))
+        if compute is None:
+            layers = partial(self._compute_layers, work, kv_cache, lora, adapted)
+            compute = self.kernels.record(layers, batch)
+            if rows <= RECORDED_ROWS:
+                self._recorded[rows, adapted] = compute
+        compute(batch)
+        return work.x
+
+    def _compute_layers(
+        self, work: Workspace, kv_cache: KvCache, lora: LoraSlots, adapted: frozenset[str], batch: Batch
+    ) -> None:
+        ops, spec = self.kernels, self.spec
         delta_TH: Tensor | None = None
 
-        def project(x: Tensor, linear: Linear, group: str, index: int) -> Tensor:
-            y = ops.linear(x, linear)
+        def project(x: Tensor, linear: Linear, group: str, index: int, out: Tensor) -> Tensor:
+            ops.linear(x, linear, out)
             if group in adapted:
-                ops.lora(x, y, batch, lora.groups[group][index])
-            return y
+                ops.lora(x, out, batch, lora.groups[group][index])
+            return out
 
         for index, layer in enumerate(self._layers):
-            ops.add_rms_norm(residual_TH, delta_TH, layer.input_norm, spec.rms_norm_eps, x_TH)
-            qkv_TN = project(x_TH, layer.qkv, "qkv", index)
             k_cache, v_cache = kv_cache[index]
+            ops.add_rms_norm(work.residual, delta_TH, layer.input_norm, spec.rms_norm_eps, work.x)
+            qkv_TN = project(work.x, layer.qkv, "qkv", index, work.qkv)
             ops.rope_store(qkv_TN, batch, self._cosine, self._sine, k_cache, v_cache, spec.num_heads)
-            attended_TN = ops.attention(qkv_TN, batch, k_cache, v_cache, spec.num_heads, spec.sliding_window)
-            delta_TH = project(attended_TN, layer.o, "o", index)
-            ops.add_rms_norm(residual_TH, delta_TH, layer.post_norm, spec.rms_norm_eps, x_TH)
-            hidden_TN = ops.silu_mul(project(x_TH, layer.gate_up, "gate_up", index))
-            delta_TH = project(hidden_TN, layer.down, "down", index)
-        return ops.add_rms_norm(residual_TH, delta_TH, self._norm, spec.rms_norm_eps, x_TH)
+            ops.attention(qkv_TN, batch, k_cache, v_cache, spec.num_heads, spec.sliding_window, work.attended)
+            delta_TH = project(work.attended, layer.o, "o", index, work.delta)
+            ops.add_rms_norm(work.residual, delta_TH, layer.post_norm, spec.rms_norm_eps, work.x)
+            gate_up_TN = project(work.x, layer.gate_up, "gate_up", index, work.gate_up)
+            ops.silu_mul(gate_up_TN, work.hidden)
+            delta_TH = project(work.hidden, layer.down, "down", index, work.delta)
+        ops.add_rms_norm(work.residual, delta_TH, self._norm, spec.rms_norm_eps, work.x)
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """[T, H] -> float32 [T, vocabulary]."""

@@ -6,6 +6,9 @@
  *
  * Every result of a row depends on that row alone (fixed order of summation, no split over threads inside a sum):
  * a sequence's tokens do not depend on what else is in the batch.
+ *
+ * A kernel is a list of loops that the threads of the caller's parallel region share (`omp for` without `parallel`);
+ * `run` opens the region once for as many kernels as it is given. `op_NAME` unpacks a kernel's arguments.
  */
 #include <math.h>
 #include <stdint.h>
@@ -24,6 +27,35 @@ typedef uint16_t bf16;
 #define INLINE static inline __attribute__((always_inline))
 #define MAX_RANK 1024 /* as in adapter.py */
 #define BLOCK 16 /* tokens of a KV block: one vector of keys */
+
+/* What the kernels must know of a step's batch: `engine/batch.py` as addresses. */
+typedef struct {
+    const int32_t *position, *kv_slot;           /* [rows] */
+    const int32_t *query_start;                  /* [sequences + 1] */
+    const int32_t *context;                      /* [sequences] */
+    const int32_t *tables;                       /* [sequences, table_width] */
+    const int32_t *seg_slot, *seg_start, *seg_end; /* [segments] */
+    int64_t rows, sequences, table_width, max_context, segments;
+} Batch;
+
+/* Arguments of a call are 64-bit words: addresses, integers, and doubles by their bits. */
+#define ADDRESS(i) ((void *)(intptr_t)a[i])
+#define INTEGER(i) ((int)a[i])
+INLINE float real(int64_t bits) {
+    union { int64_t i; double d; } c = {.i = bits};
+    return (float)c.d;
+}
+#define REAL(i) real(a[i])
+
+enum { CALL_WORDS = 16 };
+typedef void kernel(const int64_t *a);
+
+/* Runs `count` calls, one after the other, on `threads` threads: each [CALL_WORDS], the kernel's address first.
+ * Between two kernels the threads only meet at a barrier; waking them for each would cost as much as a small kernel. */
+void run(const int64_t *calls, int count, int threads) {
+#pragma omp parallel num_threads(threads)
+    for (int c = 0; c < count; c++) ((kernel *)(intptr_t)calls[(int64_t)c * CALL_WORDS])(calls + (int64_t)c * CALL_WORDS + 1);
+}
 
 INLINE v16 pick16(i16 mask, v16 a, v16 b) { return (v16)(((i16)a & mask) | ((i16)b & ~mask)); }
 INLINE v16 splat(float x) { return x - (v16){0}; }
@@ -162,16 +194,19 @@ static void gemm_narrow(int rows, const bf16 *x, int64_t ldx, const bf16 *w, int
 #endif
 
 /* x [m, k] bf16, w packed for n outputs, bias [n] float or NULL, y [m, n] bf16 or float. k even. */
-void gemm_bf16(const bf16 *x, int m, int k, const bf16 *w, int n, const float *bias, void *y, int out_f32) {
+static void gemm_bf16(const bf16 *x, int m, int k, const bf16 *w, int n, const float *bias, void *y, int out_f32) {
 #if defined(__AVX512BF16__)
-    const int panels = (n + 31) / 32, group = m <= 3 ? 4 : 1, tasks = (panels + group - 1) / group;
+    const int panels = (n + 31) / 32;
+    /* Few rows: the weights' bytes are the work, and four panels at once read them in four streams. But no thread may
+     * be left without work for long: products of few panels are cut finer. */
+    const int group = m > 3 ? 1 : panels >= 64 ? 4 : 1, tasks = (panels + group - 1) / group;
     const int tiles = (m + MAX_ROWS - 1) / MAX_ROWS, rows = (m + tiles - 1) / (tiles ? tiles : 1);
     const int64_t size = out_f32 ? 4 : 2;
     const int grain = tasks >= 128 ? 8 : tasks >= 32 ? 3 : 1;
-#pragma omp parallel for schedule(dynamic, grain)
+#pragma omp for schedule(dynamic, grain)
     for (int task = 0; task < tasks; task++) {
         int first = task * group, count = panels - first < group ? panels - first : group;
-        if (count == 4 && m <= 3) {
+        if (count == 4) {
             gemm_wide(m, x, k, w + (int64_t)first * k * 32, k, first * 32, n, bias, y, n, out_f32);
             continue;
         }
@@ -183,6 +218,9 @@ void gemm_bf16(const bf16 *x, int m, int k, const bf16 *w, int n, const float *b
 #else
     (void)x, (void)m, (void)k, (void)w, (void)n, (void)bias, (void)y, (void)out_f32;
 #endif
+}
+void op_gemm_bf16(const int64_t *a) {
+    gemm_bf16(ADDRESS(0), INTEGER(1), INTEGER(2), ADDRESS(3), INTEGER(4), ADDRESS(5), ADDRESS(6), INTEGER(7));
 }
 
 #define T float

@@ -8,11 +8,15 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
+from array import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +35,10 @@ FLAGS = [
 ]
 PANEL = 32
 """Outputs of one packed panel of a bfloat16 weight."""
+CALL_WORDS = 16
+"""64-bit words of one call: the kernel's address and its arguments; as in cpu.c."""
+BATCH_WORDS = 13
+"""64-bit words of cpu.c's `Batch`."""
 
 
 class CompileError(Exception):
@@ -86,32 +94,79 @@ class NativeKernels(ReferenceKernels):
         library = ctypes.CDLL(str(compile_kernels()))
         suffix = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
         self.packs = dtype == torch.bfloat16 and bool(library.has_gemm_bf16())
-        pointer, integer, wide, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+        self._run = library.run
+        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int), None
+        self._threads = torch.get_num_threads()
 
-        def function(name: str, *arguments: type) -> Callable[..., None]:
-            found = getattr(library, name)
-            found.argtypes, found.restype = arguments, None
-            return found
+        def kernel(name: str) -> int:
+            return ctypes.cast(getattr(library, f"op_{name}"), ctypes.c_void_p).value or 0
 
-        self._gemm = function(
-            "gemm_bf16", pointer, integer, integer, pointer, integer, pointer, pointer, integer
-        )
-        self._norm = function(f"add_rms_norm_{suffix}", *[pointer] * 4, integer, integer, real)
-        self._silu = function(f"silu_mul_{suffix}", pointer, pointer, integer, integer)
-        self._rope = function(f"rope_store_{suffix}", *[pointer] * 7, *[integer] * 4)
-        self._attention = function(
-            f"attention_{suffix}", *[pointer] * 7, *[integer] * 5, real, integer, integer
-        )
-        self._lora = function(
-            f"lora_{suffix}",
-            pointer,
-            integer,
-            pointer,
-            wide,
-            integer,
-            *[pointer] * 3,
-            integer,
-            *[pointer] * 5,
+        self._gemm = kernel("gemm_bf16")
+        self._norm = kernel(f"add_rms_norm_{suffix}")
+        self._silu = kernel(f"silu_mul_{suffix}")
+        self._rope = kernel(f"rope_store_{suffix}")
+        self._attention = kernel(f"attention_{suffix}")
+        self._lora = kernel(f"lora_{suffix}")
+        self._batch: Batch | None = None
+        self._batch_words = np.zeros(BATCH_WORDS, np.int64)
+        self._batch_address = self._batch_words.ctypes.data
+        self._recording: list[array | Callable[[Any], object]] | None = None
+
+    def record(self, compute: Callable[[Batch], None], batch: Batch) -> Callable[[Batch], None]:
+        """Runs of native kernels become one call each, with one parallel region."""
+        self._bind(batch)
+        self._recording = parts = []
+        try:
+            compute(batch)
+        finally:
+            self._recording = None
+
+        def replay(batch: Batch) -> None:
+            self._bind(batch)
+            for part in parts:
+                if isinstance(part, array):
+                    self._run(part.buffer_info()[0], len(part) // CALL_WORDS, self._threads)
+                else:
+                    part(batch)
+
+        return replay
+
+    def _call(self, kernel: int, *arguments: int) -> None:
+        """Run a kernel of cpu.c, or note it down."""
+        words = array("q", (kernel, *arguments, *(0,) * (CALL_WORDS - 1 - len(arguments))))
+        if self._recording is None:
+            self._run(words.buffer_info()[0], 1, self._threads)
+        elif self._recording and isinstance(self._recording[-1], array):
+            self._recording[-1].extend(words)
+        else:
+            self._recording.append(words)
+
+    def _call_torch(self, compute: Callable[[Any], object]) -> None:
+        """The same for a kernel's torch form."""
+        if self._recording is None:
+            compute(self._batch)
+        else:
+            self._recording.append(compute)
+
+    def _bind(self, batch: Batch) -> None:
+        """Let the words that kernels read tell of this batch."""
+        if batch is self._batch:
+            return
+        self._batch = batch
+        self._batch_words[:] = (
+            batch.positions.data_ptr(),
+            batch.kv_slots.data_ptr(),
+            batch.query_start.data_ptr(),
+            batch.context.data_ptr(),
+            batch.tables.data_ptr(),
+            batch.segment_slot.data_ptr(),
+            batch.segment_start.data_ptr(),
+            batch.segment_end.data_ptr(),
+            len(batch.positions),
+            len(batch.context),
+            batch.tables.shape[1],
+            batch.max_context,
+            len(batch.segment_slot),
         )
 
     def pack_linear(self, weight_NH: Tensor, bias_N: Tensor | None) -> Linear:
@@ -122,10 +177,14 @@ class NativeKernels(ReferenceKernels):
         panels = padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2).contiguous()
         return Linear(panels, None if bias_N is None else bias_N.float().contiguous(), outputs)
 
-    def linear(self, x_TH: Tensor, linear: Linear) -> Tensor:
+    def linear(self, x_TH: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty(x_TH.shape[0], linear.num_outputs, dtype=x_TH.dtype)
         if linear.weight.dim() == 2:
-            return super().linear(x_TH, linear)
-        return self._multiply(x_TH, linear, torch.empty(x_TH.shape[0], linear.num_outputs, dtype=x_TH.dtype))
+            torch_linear = super().linear
+            self._call_torch(lambda _: torch_linear(x_TH, linear, out))
+            return out
+        return self._multiply(x_TH, linear, out)
 
     def logits(self, x_TH: Tensor, linear: Linear) -> Tensor:
         if linear.weight.dim() == 2:
@@ -134,9 +193,10 @@ class NativeKernels(ReferenceKernels):
 
     def _multiply(self, x_TH: Tensor, linear: Linear, out_TN: Tensor) -> Tensor:
         rows, inputs = x_TH.shape
-        bias = None if linear.bias is None else linear.bias.data_ptr()
+        bias = 0 if linear.bias is None else linear.bias.data_ptr()
         weight, wide = linear.weight.data_ptr(), out_TN.dtype == torch.float32
-        self._gemm(x_TH.data_ptr(), rows, inputs, weight, linear.num_outputs, bias, out_TN.data_ptr(), wide)
+        out = out_TN.data_ptr()
+        self._call(self._gemm, x_TH.data_ptr(), rows, inputs, weight, linear.num_outputs, bias, out, wide)
         return out_TN
 
     def embed(self, token_ids_T: Tensor, linear: Linear) -> Tensor:
@@ -148,15 +208,24 @@ class NativeKernels(ReferenceKernels):
     def add_rms_norm(
         self, residual_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float, out: Tensor
     ) -> Tensor:
-        delta = None if delta_TH is None else delta_TH.data_ptr()
         rows, width = residual_TH.shape
-        self._norm(residual_TH.data_ptr(), delta, weight_H.data_ptr(), out.data_ptr(), rows, width, eps)
+        self._call(
+            self._norm,
+            residual_TH.data_ptr(),
+            0 if delta_TH is None else delta_TH.data_ptr(),
+            weight_H.data_ptr(),
+            out.data_ptr(),
+            rows,
+            width,
+            _bits(eps),
+        )
         return out
 
-    def silu_mul(self, gate_up_TN: Tensor) -> Tensor:
+    def silu_mul(self, gate_up_TN: Tensor, out: Tensor | None = None) -> Tensor:
         rows, width = gate_up_TN.shape
-        out = torch.empty(rows, width // 2, dtype=gate_up_TN.dtype)
-        self._silu(gate_up_TN.data_ptr(), out.data_ptr(), rows, width // 2)
+        if out is None:
+            out = torch.empty(rows, width // 2, dtype=gate_up_TN.dtype)
+        self._call(self._silu, gate_up_TN.data_ptr(), out.data_ptr(), rows, width // 2)
         return out
 
     def rope_store(
@@ -169,57 +238,66 @@ class NativeKernels(ReferenceKernels):
         v_cache: Tensor,
         heads: int,
     ) -> None:
+        self._bind(batch)
         _, kv_heads, dim, _ = k_cache.shape
-        self._rope(
+        self._call(
+            self._rope,
             qkv_TN.data_ptr(),
-            batch.positions.data_ptr(),
-            batch.kv_slots.data_ptr(),
+            self._batch_address,
             cosine_PD.data_ptr(),
             sine_PD.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            qkv_TN.shape[0],
             heads,
             kv_heads,
             dim,
         )
 
     def attention(
-        self, qkv_TN: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor, heads: int, window: int | None
+        self,
+        qkv_TN: Tensor,
+        batch: Batch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        heads: int,
+        window: int | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         _, kv_heads, dim, _ = k_cache.shape
+        if out is None:
+            out = torch.empty(qkv_TN.shape[0], heads * dim, dtype=qkv_TN.dtype)
         if dim % 16 or dim > 256:
-            return super().attention(qkv_TN, batch, k_cache, v_cache, heads, window)
-        out = torch.empty(qkv_TN.shape[0], heads * dim, dtype=qkv_TN.dtype)
-        self._attention(
+            torch_attention = super().attention
+            self._bind(batch)
+            self._call_torch(
+                lambda batch: torch_attention(qkv_TN, batch, k_cache, v_cache, heads, window, out)
+            )
+            return out
+        self._bind(batch)
+        self._call(
+            self._attention,
             qkv_TN.data_ptr(),
             out.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            batch.query_start.data_ptr(),
-            batch.context.data_ptr(),
-            batch.tables.data_ptr(),
-            batch.tables.shape[1],
-            batch.tables.shape[0],
+            self._batch_address,
             heads,
             kv_heads,
             dim,
-            dim**-0.5,
+            _bits(dim**-0.5),
             window or 0,
-            batch.max_context,
         )
         return out
 
     def lora(self, x_TH: Tensor, y_TN: Tensor, batch: Batch, group: LoraGroup) -> None:
-        self._lora(
+        self._bind(batch)
+        self._call(
+            self._lora,
             x_TH.data_ptr(),
             x_TH.shape[1],
             y_TN.data_ptr(),
             y_TN.shape[1],
-            len(batch.segment_slot),
-            batch.segment_slot.data_ptr(),
-            batch.segment_start.data_ptr(),
-            batch.segment_end.data_ptr(),
+            self._batch_address,
             len(group.offsets),
             group.offsets.data_ptr(),
             group.sizes.data_ptr(),
@@ -227,3 +305,8 @@ class NativeKernels(ReferenceKernels):
             group.b_table.data_ptr(),
             group.ranks.data_ptr(),
         )
+
+
+def _bits(number: float) -> int:
+    """A float as cpu.c's REAL reads it."""
+    return struct.unpack("q", struct.pack("d", number))[0]

@@ -2,8 +2,8 @@
  * LANES, LOADLANES, MULADD, STEP: what a dot product along a row loads and multiplies at once. */
 
 /* residual [rows, n] float += delta [rows, n] (may be NULL); out = residual / rms(residual) * weight [n]. */
-void NAME(add_rms_norm)(float *residual, const T *delta, const float *weight, T *out, int rows, int n, float eps) {
-#pragma omp parallel for schedule(static) if (rows > 8)
+static void NAME(add_rms_norm)(float *residual, const T *delta, const float *weight, T *out, int rows, int n, float eps) {
+#pragma omp for schedule(static)
     for (int r = 0; r < rows; r++) {
         float *h = residual + (int64_t)r * n;
         const T *d = delta ? delta + (int64_t)r * n : NULL;
@@ -25,10 +25,13 @@ void NAME(add_rms_norm)(float *residual, const T *delta, const float *weight, T 
         for (; i < n; i++) STORE(o + i, h[i] * scale * weight[i]);
     }
 }
+void NAME(op_add_rms_norm)(const int64_t *a) {
+    NAME(add_rms_norm)(ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), INTEGER(4), INTEGER(5), REAL(6));
+}
 
 /* gate_up [rows, 2n] -> out [rows, n] = silu(gate) * up. */
-void NAME(silu_mul)(const T *gate_up, T *out, int rows, int n) {
-#pragma omp parallel for schedule(static) if (rows > 8)
+static void NAME(silu_mul)(const T *gate_up, T *out, int rows, int n) {
+#pragma omp for schedule(static)
     for (int r = 0; r < rows; r++) {
         const T *g = gate_up + (int64_t)r * 2 * n, *u = g + n;
         T *o = out + (int64_t)r * n;
@@ -43,15 +46,17 @@ void NAME(silu_mul)(const T *gate_up, T *out, int rows, int n) {
         }
     }
 }
+void NAME(op_silu_mul)(const int64_t *a) { NAME(silu_mul)(ADDRESS(0), ADDRESS(1), INTEGER(2), INTEGER(3)); }
 
 /* Rotates q and k of qkv [rows, (heads + 2 kv_heads) * dim] (rotate-half layout; cos, sin [max_position, dim / 2]),
  * leaves q there, and writes k and v into the pages: k_cache [blocks, kv_heads, dim, BLOCK] (keys as columns),
  * v_cache [blocks, kv_heads, BLOCK, dim]. kv_slot[row] = block * BLOCK + offset. */
-void NAME(rope_store)(T *qkv, const int32_t *position, const int32_t *kv_slot, const float *cosine, const float *sine,
-                      T *k_cache, T *v_cache, int rows, int heads, int kv_heads, int dim) {
+static void NAME(rope_store)(T *qkv, const Batch *batch, const float *cosine, const float *sine, T *k_cache, T *v_cache,
+                             int heads, int kv_heads, int dim) {
     const int half = dim / 2;
-#pragma omp parallel for schedule(static) if (rows > 8)
-    for (int r = 0; r < rows; r++) {
+    const int32_t *position = batch->position, *kv_slot = batch->kv_slot;
+#pragma omp for schedule(static)
+    for (int r = 0; r < (int)batch->rows; r++) {
         T *q = qkv + (int64_t)r * (heads + 2 * kv_heads) * dim, *k = q + (int64_t)heads * dim, *v = k + (int64_t)kv_heads * dim;
         const float *c = cosine + (int64_t)position[r] * half, *s = sine + (int64_t)position[r] * half;
         for (int h = 0; h < heads + kv_heads; h++) {
@@ -69,6 +74,9 @@ void NAME(rope_store)(T *qkv, const int32_t *position, const int32_t *kv_slot, c
             memcpy(v_cache + ((block * kv_heads + h) * BLOCK + offset) * dim, v + (int64_t)h * dim, dim * sizeof(T));
         }
     }
+}
+void NAME(op_rope_store)(const int64_t *a) {
+    NAME(rope_store)(ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), ADDRESS(4), ADDRESS(5), INTEGER(6), INTEGER(7), INTEGER(8));
 }
 
 /* Scores of R query rows against one block of keys, and their weighted sum of one block of values. */
@@ -155,53 +163,55 @@ INLINE void NAME(attend)(const int R, const T **query, T **out, const int *lower
 /* Paged causal attention of a mixed batch. Sequence s owns rows query_start[s] .. query_start[s+1] of qkv and out
  * [rows, heads * dim]; its keys are positions 0 .. context[s]-1 in the blocks of tables[s], its last row the last of
  * them. window > 0: a position sees only that many, itself included. dim a multiple of 16, at most 256. */
-void NAME(attention)(const T *qkv, T *out, const T *k_cache, const T *v_cache, const int32_t *query_start,
-                     const int32_t *context, const int32_t *tables, int table_width, int sequences, int heads,
-                     int kv_heads, int dim, float scale, int window, int max_context) {
+static void NAME(attention)(const T *qkv, T *out, const T *k_cache, const T *v_cache, const Batch *batch, int heads,
+                            int kv_heads, int dim, float scale, int window) {
+    const int32_t *query_start = batch->query_start, *context = batch->context;
+    const int sequences = (int)batch->sequences;
     const int group = heads / kv_heads, positions = group >= 6 ? 1 : 6 / group;
-    const int64_t width = (int64_t)(heads + 2 * kv_heads) * dim, stride = ((int64_t)max_context + 2 * BLOCK) / BLOCK * BLOCK;
+    const int64_t width = (int64_t)(heads + 2 * kv_heads) * dim, stride = (batch->max_context + 2 * BLOCK) / BLOCK * BLOCK;
     int *tile_start = malloc(sizeof(int) * (sequences + 1));
     tile_start[0] = 0;
     for (int s = 0; s < sequences; s++)
         tile_start[s + 1] = tile_start[s] + (query_start[s + 1] - query_start[s] + positions - 1) / positions;
     const int tiles = tile_start[sequences] * kv_heads;
-#pragma omp parallel
-    {
-        float *buffer = aligned_alloc(64, sizeof(float) * 6 * stride);
+    float *buffer = aligned_alloc(64, sizeof(float) * 6 * stride);
 #pragma omp for schedule(dynamic, 2)
-        for (int t = 0; t < tiles; t++) {
-            int tile = t / kv_heads, kv_head = t % kv_heads, low = 0, high = sequences;
-            while (high - low > 1) {
-                int middle = (low + high) / 2;
-                if (tile_start[middle] <= tile) low = middle; else high = middle;
-            }
-            int s = low, row = query_start[s] + (tile - tile_start[s]) * positions, stop = row + positions;
-            if (stop > query_start[s + 1]) stop = query_start[s + 1];
-            const T *query[6];
-            T *target[6];
-            int lower[6], upper[6], count = 0;
-            for (int r = row; r < stop; r++) {
-                int seen = context[s] - (query_start[s + 1] - 1 - r);
-                for (int g = 0; g < group; g++) {
-                    int head = kv_head * group + g;
-                    query[count] = qkv + r * width + (int64_t)head * dim;
-                    target[count] = out + ((int64_t)r * heads + head) * dim;
-                    upper[count] = seen;
-                    lower[count] = window > 0 && seen > window ? seen - window : 0;
-                    if (++count == 6 || (g == group - 1 && r == stop - 1)) {
+    for (int t = 0; t < tiles; t++) {
+        int tile = t / kv_heads, kv_head = t % kv_heads, low = 0, high = sequences;
+        while (high - low > 1) {
+            int middle = (low + high) / 2;
+            if (tile_start[middle] <= tile) low = middle; else high = middle;
+        }
+        int s = low, row = query_start[s] + (tile - tile_start[s]) * positions, stop = row + positions;
+        if (stop > query_start[s + 1]) stop = query_start[s + 1];
+        const T *query[6];
+        T *target[6];
+        int lower[6], upper[6], count = 0;
+        for (int r = row; r < stop; r++) {
+            int seen = context[s] - (query_start[s + 1] - 1 - r);
+            for (int g = 0; g < group; g++) {
+                int head = kv_head * group + g;
+                query[count] = qkv + r * width + (int64_t)head * dim;
+                target[count] = out + ((int64_t)r * heads + head) * dim;
+                upper[count] = seen;
+                lower[count] = window > 0 && seen > window ? seen - window : 0;
+                if (++count == 6 || (g == group - 1 && r == stop - 1)) {
 #define ATTEND(R) \
-    case R: NAME(attend)(R, query, target, lower, upper, tables + (int64_t)s * table_width, k_cache, v_cache, kv_heads, \
-                         kv_head, dim, scale, buffer, stride); break;
-                        switch (count) { ATTEND(1) ATTEND(2) ATTEND(3) ATTEND(4) ATTEND(5) ATTEND(6) }
+    case R: NAME(attend)(R, query, target, lower, upper, batch->tables + s * batch->table_width, k_cache, v_cache, kv_heads, \
+                     kv_head, dim, scale, buffer, stride); break;
+                    switch (count) { ATTEND(1) ATTEND(2) ATTEND(3) ATTEND(4) ATTEND(5) ATTEND(6) }
 #undef ATTEND
-                        count = 0;
-                    }
+                    count = 0;
                 }
             }
         }
-        free(buffer);
     }
+    free(buffer);
     free(tile_start);
+}
+void NAME(op_attention)(const int64_t *a) {
+    NAME(attention)(ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), ADDRESS(4), INTEGER(5), INTEGER(6), INTEGER(7), REAL(8),
+                    INTEGER(9));
 }
 
 /* s[row][j] = sum_i x[row][i] * a[j][i] for R rows, N of the rank's rows. STEP values enter a lane at once. */
@@ -270,15 +280,16 @@ INLINE void NAME(expand)(const int R, const float *s, int64_t lds, int rank, con
 /* Adds the LoRA deltas of a mixed batch to the slices of a fused projection: y[row, slice] += B(A x[row]).
  * Segment g: rows seg_start[g] .. seg_end[g] all use adapter slot seg_slot[g]. Tables are [slots, slices]: address of
  * A [rank, in], of B transposed and scaled [rank, slice_size], and the rank (0: not adapted). */
-void NAME(lora)(const T *x, int in, T *y, int64_t ldy, int segments, const int32_t *seg_slot, const int32_t *seg_start,
-                const int32_t *seg_end, int slices, const int32_t *slice_offset, const int32_t *slice_size,
-                const int64_t *a_table, const int64_t *b_table, const int32_t *rank_table) {
+static void NAME(lora)(const T *x, int in, T *y, int64_t ldy, const Batch *batch, int slices, const int32_t *slice_offset,
+                       const int32_t *slice_size, const int64_t *a_table, const int64_t *b_table, const int32_t *rank_table) {
+    const int32_t *seg_slot = batch->seg_slot, *seg_start = batch->seg_start, *seg_end = batch->seg_end;
+    const int segments = (int)batch->segments;
     enum { ROWS = 32 };
     int *tile_start = malloc(sizeof(int) * (segments + 1));
     tile_start[0] = 0;
     for (int g = 0; g < segments; g++) tile_start[g + 1] = tile_start[g] + (seg_end[g] - seg_start[g] + ROWS - 1) / ROWS;
     const int tasks = tile_start[segments] * slices;
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
+#pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < tasks; task++) {
         int tile = task / slices, slice = task % slices, g = 0;
         while (tile_start[g + 1] <= tile) g++;
@@ -300,6 +311,10 @@ void NAME(lora)(const T *x, int in, T *y, int64_t ldy, int segments, const int32
         }
     }
     free(tile_start);
+}
+void NAME(op_lora)(const int64_t *a) {
+    NAME(lora)(ADDRESS(0), INTEGER(1), ADDRESS(2), a[3], ADDRESS(4), INTEGER(5), ADDRESS(6), ADDRESS(7), ADDRESS(8), ADDRESS(9),
+               ADDRESS(10));
 }
 
 #undef T

@@ -3,6 +3,7 @@
 Shape suffixes: T rows (tokens) of the step, S sequences, H hidden, N outputs, D head size, P position.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,16 +43,23 @@ class LoraGroup:
 
 
 class ReferenceKernels:
-    """Torch operators only."""
+    """Torch operators only. Where a method takes `out`, the result is written there and returned."""
 
     name = "torch"
+
+    def record(self, compute: Callable[[Batch], None], batch: Batch) -> Callable[[Batch], None]:
+        """A function that does what `compute` does, for any batch with as many rows.
+
+        `compute` must do nothing but call kernels, on tensors that stay where they are.
+        """
+        return compute
 
     def pack_linear(self, weight_NH: Tensor, bias_N: Tensor | None) -> Linear:
         return Linear(weight_NH, bias_N, weight_NH.shape[0])
 
-    def linear(self, x_TH: Tensor, linear: Linear) -> Tensor:
+    def linear(self, x_TH: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
         """[T, H] -> [T, N], in the dtype of x."""
-        return F.linear(x_TH, linear.weight, linear.bias)
+        return _into(out, F.linear(x_TH, linear.weight, linear.bias))
 
     def logits(self, x_TH: Tensor, linear: Linear) -> Tensor:
         """As `linear`, but float32 out."""
@@ -71,10 +79,10 @@ class ReferenceKernels:
         out.copy_(residual_TH * scale_T1 * weight_H)
         return out
 
-    def silu_mul(self, gate_up_TN: Tensor) -> Tensor:
+    def silu_mul(self, gate_up_TN: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, 2N] -> silu(first half) * second half, [T, N]."""
         gate, up = gate_up_TN.float().chunk(2, dim=-1)
-        return (F.silu(gate) * up).to(gate_up_TN.dtype)
+        return _into(out, (F.silu(gate) * up).to(gate_up_TN.dtype))
 
     def rope_store(
         self,
@@ -103,12 +111,20 @@ class ReferenceKernels:
         v_cache[block, :, offset] = x[:, heads + kv_heads :]
 
     def attention(
-        self, qkv_TN: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor, heads: int, window: int | None
+        self,
+        qkv_TN: Tensor,
+        batch: Batch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        heads: int,
+        window: int | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of every row over its sequence's pages; a window counts the position itself. [T, heads*D]."""
         kv_heads, dim = k_cache.shape[1], k_cache.shape[2]
         q = qkv_TN.view(qkv_TN.shape[0], heads + 2 * kv_heads, dim)[:, :heads]
-        out = torch.empty(q.shape[0], heads * dim, dtype=qkv_TN.dtype)
+        if out is None:
+            out = torch.empty(q.shape[0], heads * dim, dtype=qkv_TN.dtype)
         starts = batch.query_start.tolist()
         for s, context in enumerate(batch.context.tolist()):
             rows = slice(starts[s], starts[s + 1])
@@ -141,3 +157,7 @@ class ReferenceKernels:
                 delta = (x_TH[start:end].float() @ a.float().T) @ b.float()
                 y = y_TN[start:end, offset : offset + size]
                 y.copy_((y.float() + delta).to(y.dtype))
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    return result if out is None else out.copy_(result)

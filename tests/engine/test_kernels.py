@@ -151,3 +151,27 @@ def test_lora_of_mixed_ranks_slices_and_rows_without_adapter(dtype):
         untouched[start:end] = False
     assert torch.equal(mine[untouched], y[untouched])
     assert not torch.equal(mine[~untouched], y[~untouched])
+
+
+def test_a_recorded_step_repeats_for_another_batch_of_as_many_rows():
+    torch.manual_seed(0)
+    ours, heads, dim = native(torch.float32), 2, 16
+    linear = ours.pack_linear(torch.randn(4 * dim, 8), None)
+    cosine, sine = torch.rand(64, dim // 2), torch.rand(64, dim // 2)
+    x, qkv, attended = torch.randn(3, 8), torch.empty(3, 4 * dim), torch.empty(3, heads * dim)
+    k, v = torch.zeros(9, 1, dim, BLOCK), torch.zeros(9, 1, BLOCK, dim)
+
+    def compute(batch: Batch) -> None:
+        ours.linear(x, linear, qkv)
+        ours.rope_store(qkv, batch, cosine, sine, k, v, heads)
+        ours.attention(qkv, batch, k, v, heads, None, attended)
+
+    batches = [make_batch(lengths, 9) for lengths in ([(0, 1), (20, 2)], [(40, 3)], [(3, 1)] * 3)]
+    replay = ours.record(compute, batches[0])
+    for batch in batches:
+        x.normal_()
+        compute(batch)
+        expected = attended.clone()
+        attended.zero_()
+        replay(batch)
+        assert torch.equal(attended, expected)
