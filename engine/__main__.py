@@ -148,10 +148,13 @@ def load(
             log.warning("fake_engine", note="tokens are made up; nothing is computed")
             runner, item_bytes = FakeRunner(num_blocks=4096, step_s=0.005), 2
         else:
+            from engine.kernels import CompileError
             from engine.runner import DTYPES, ModelRunner
 
             try:
                 runner = ModelRunner(checkpoint, config, ProgressLog())
+            except CompileError as error:
+                raise LoadError(f"The native kernels cannot be had: {error}") from error
             except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as the latter
                 reason = str(error).partition("\n")[0]
                 raise LoadError(

@@ -35,6 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter_host_mib: int = 1024
     prefix_caching: bool = True
     kernels: Literal["auto", "native", "torch"] = "auto"
+    batch_invariant: bool = False
+    """Refuse to start with kernels whose results for a sequence depend on its company in the batch."""
     threads: int = 0
     """Compute threads; 0 for one per core."""
 

@@ -38,7 +38,7 @@ class ModelRunner:
         torch.set_num_threads(self._threads)
         started = time.monotonic()
         spec, dtype = checkpoint.spec, DTYPES[config.dtype]
-        kernels = select_kernels(dtype, config.kernels)
+        kernels = select_kernels(dtype, config.kernels, config.batch_invariant)
         positions = min(config.max_model_len, spec.max_position_embeddings)
         self._eos_token_ids = spec.eos_token_ids
         self._dtype = dtype

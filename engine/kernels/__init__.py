@@ -9,21 +9,25 @@ from engine.kernels.reference import ReferenceKernels
 log = structlog.get_logger()
 
 
-def select_kernels(dtype: torch.dtype, choice: str = "auto") -> ReferenceKernels:
+def select_kernels(
+    dtype: torch.dtype, choice: str = "auto", batch_invariant: bool = False
+) -> ReferenceKernels:
     """The kernels for a dtype: `native`, `torch`, or `auto` (native if it can be compiled). Logs which and why.
 
     Raises:
-        CompileError: when `native` is asked for and cannot be had.
+        CompileError: when `native` or batch invariance is asked for and cannot be had.
     """
+    if choice == "torch" and batch_invariant:
+        raise CompileError('batch_invariant needs the native kernels, but kernels is "torch"')
     if choice == "torch":
         log.info("kernels", chosen="torch", reason="configured")
         return ReferenceKernels()
     try:
         kernels = NativeKernels(dtype)
     except CompileError as error:
-        if choice == "native":
+        if choice == "native" or batch_invariant:
             raise
         log.warning("kernels", chosen="torch", reason=f"cannot compile the native ones: {error}")
         return ReferenceKernels()
-    log.info("kernels", chosen="native", packed_bf16=kernels.packs)
+    log.info("kernels", chosen="native", bf16_dot_products=kernels.dots)
     return kernels

@@ -14,7 +14,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -94,9 +94,13 @@ INLINE void prefetch(const void *start, int64_t bytes) {
 }
 
 INLINE float sum16(v16 x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float s = 0;
     for (int i = 0; i < 16; i++) s += x[i];
     return s;
+#endif
 }
 INLINE v16 max16(v16 a, v16 b) { return pick16((i16)(a > b), a, b); }
 
@@ -132,9 +136,13 @@ int has_gemm_bf16(void) {
 #endif
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #define MAX_ROWS 14
+#else
+#define MAX_ROWS 3 /* accumulators that sixteen 256-bit registers hold */
+#endif
 
+#if defined(__AVX512BF16__)
 INLINE void gemm_tile(const int R, const int P, const bf16 *x, int64_t ldx, const bf16 *w, int k, int n0, int n,
                       const float *bias, void *y, int64_t ldy, int out_f32) {
     __m512 acc[MAX_ROWS][8];

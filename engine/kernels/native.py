@@ -93,7 +93,8 @@ class NativeKernels(ReferenceKernels):
     def __init__(self, dtype: torch.dtype) -> None:
         library = ctypes.CDLL(str(compile_kernels()))
         suffix = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
-        self.packs = dtype == torch.bfloat16 and bool(library.has_gemm_bf16())
+        self.dots = dtype == torch.bfloat16 and bool(library.has_gemm_bf16())
+        """Whether the processor multiplies pairs of bfloat16."""
         self._run = library.run
         self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int), None
         self._threads = torch.get_num_threads()
@@ -101,7 +102,8 @@ class NativeKernels(ReferenceKernels):
         def kernel(name: str) -> int:
             return ctypes.cast(getattr(library, f"op_{name}"), ctypes.c_void_p).value or 0
 
-        self._gemm = kernel("gemm_bf16")
+        self._product = kernel(f"product_{suffix}")
+        self._product_of_pairs = kernel("gemm_bf16")
         self._norm = kernel(f"add_rms_norm_{suffix}")
         self._silu = kernel(f"silu_mul_{suffix}")
         self._rope = kernel(f"rope_store_{suffix}")
@@ -170,40 +172,43 @@ class NativeKernels(ReferenceKernels):
         )
 
     def pack_linear(self, weight_NH: Tensor, bias_N: Tensor | None) -> Linear:
+        """In panels of 32 outputs: [panel, H, 32], or [panel, H / 2, 32, 2] where pairs are multiplied at once."""
         outputs, inputs = weight_NH.shape
-        if not self.packs or inputs % 2:
-            return super().pack_linear(weight_NH, bias_N)
         padded = torch.nn.functional.pad(weight_NH, (0, 0, 0, -outputs % PANEL))
-        panels = padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2).contiguous()
+        if self.dots and inputs % 2 == 0:
+            panels = padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2).contiguous()
+        else:
+            panels = padded.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
         return Linear(panels, None if bias_N is None else bias_N.float().contiguous(), outputs)
 
     def linear(self, x_TH: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.empty(x_TH.shape[0], linear.num_outputs, dtype=x_TH.dtype)
-        if linear.weight.dim() == 2:
-            torch_linear = super().linear
-            self._call_torch(lambda _: torch_linear(x_TH, linear, out))
-            return out
         return self._multiply(x_TH, linear, out)
 
     def logits(self, x_TH: Tensor, linear: Linear) -> Tensor:
-        if linear.weight.dim() == 2:
-            return super().logits(x_TH, linear)
         return self._multiply(x_TH, linear, torch.empty(x_TH.shape[0], linear.num_outputs))
 
     def _multiply(self, x_TH: Tensor, linear: Linear, out_TN: Tensor) -> Tensor:
         rows, inputs = x_TH.shape
-        bias = 0 if linear.bias is None else linear.bias.data_ptr()
-        weight, wide = linear.weight.data_ptr(), out_TN.dtype == torch.float32
-        out = out_TN.data_ptr()
-        self._call(self._gemm, x_TH.data_ptr(), rows, inputs, weight, linear.num_outputs, bias, out, wide)
+        self._call(
+            self._product if linear.weight.dim() == 3 else self._product_of_pairs,
+            x_TH.data_ptr(),
+            rows,
+            inputs,
+            linear.weight.data_ptr(),
+            linear.num_outputs,
+            0 if linear.bias is None else linear.bias.data_ptr(),
+            out_TN.data_ptr(),
+            out_TN.dtype == torch.float32,
+        )
         return out_TN
 
     def embed(self, token_ids_T: Tensor, linear: Linear) -> Tensor:
-        if linear.weight.dim() == 2:
-            return super().embed(token_ids_T, linear)
-        rows = linear.weight[token_ids_T // PANEL, :, token_ids_T % PANEL]
-        return rows.reshape(len(token_ids_T), -1).float()
+        panels = linear.weight
+        if panels.dim() == 3:
+            return panels[token_ids_T // PANEL, :, token_ids_T % PANEL].float()
+        return panels[token_ids_T // PANEL, :, token_ids_T % PANEL].flatten(1).float()
 
     def add_rms_norm(
         self, residual_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float, out: Tensor

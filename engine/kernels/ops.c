@@ -1,6 +1,59 @@
 /* Included by cpu.c once per element type: T, NAME, LOAD, STORE, LOAD16, STORE16 are defined there, and
  * LANES, LOADLANES, MULADD, STEP: what a dot product along a row loads and multiplies at once. */
 
+/* sums[r][0..31] = sum_k x[r][k] * w[k][0..31] for R rows and one panel of 32 outputs. */
+INLINE void NAME(product_tile)(const int R, const T *x, int64_t ldx, const T *w, int k, float *sums) {
+    v16 acc[MAX_ROWS][2];
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = splat(0);
+    for (int i = 0; i < k; i++) {
+        v16 w0 = LOAD16(w + (int64_t)i * 32), w1 = LOAD16(w + (int64_t)i * 32 + 16);
+#pragma GCC unroll 14
+        for (int r = 0; r < R; r++) {
+            float value = LOAD(x + r * ldx + i);
+            acc[r][0] += w0 * value;
+            acc[r][1] += w1 * value;
+        }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) {
+        *(v16 *)(sums + r * 32) = acc[r][0];
+        *(v16 *)(sums + r * 32 + 16) = acc[r][1];
+    }
+}
+
+/* y[m][n] = sum_k x[m][k] * w[n][k] (+ bias[n]): x [m, k], w [panels][k][32], bias [n] float or NULL, y [m, n] of T or
+ * float. */
+static void NAME(product)(const T *x, int m, int k, const T *w, int n, const float *bias, void *y, int out_f32) {
+    const int panels = (n + 31) / 32, tiles = (m + MAX_ROWS - 1) / MAX_ROWS, rows = (m + tiles - 1) / (tiles ? tiles : 1);
+#pragma omp for schedule(dynamic, 1)
+    for (int p = 0; p < panels; p++)
+        for (int first = 0; first < m; first += rows) {
+            const T *from = x + (int64_t)first * k, *panel = w + (int64_t)p * k * 32;
+            const int count = m - first < rows ? m - first : rows, width = n - p * 32 < 32 ? n - p * 32 : 32;
+            float sums[MAX_ROWS * 32];
+#define TILE(R) case R: NAME(product_tile)(R, from, k, panel, k, sums); break;
+            switch (count) {
+                TILE(1) TILE(2) TILE(3)
+#if MAX_ROWS > 3
+                TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
+#endif
+            }
+#undef TILE
+            for (int r = 0; r < count; r++) {
+                const int64_t start = (int64_t)(first + r) * n + p * 32;
+                for (int c = 0; c < width; c++) {
+                    float sum = sums[r * 32 + c] + (bias ? bias[p * 32 + c] : 0.0f);
+                    if (out_f32) ((float *)y)[start + c] = sum;
+                    else STORE((T *)y + start + c, sum);
+                }
+            }
+        }
+}
+void NAME(op_product)(const int64_t *a) {
+    NAME(product)(ADDRESS(0), INTEGER(1), INTEGER(2), ADDRESS(3), INTEGER(4), ADDRESS(5), ADDRESS(6), INTEGER(7));
+}
+
 /* residual [rows, n] float += delta [rows, n] (may be NULL); out = residual / rms(residual) * weight [n]. */
 static void NAME(add_rms_norm)(float *residual, const T *delta, const float *weight, T *out, int rows, int n, float eps) {
 #pragma omp for schedule(static)

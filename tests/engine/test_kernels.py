@@ -55,7 +55,8 @@ def make_batch(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 64, 7), (2, 48, 33), (3, 576, 960), (5, 30, 64), (31, 64, 96)]
+    ("rows", "inputs", "outputs"),
+    [(1, 64, 7), (2, 48, 33), (3, 576, 960), (5, 30, 64), (4, 33, 40), (31, 64, 96)],
 )
 @pytest.mark.parametrize("biased", [False, True])
 def test_linear_and_embedding_of_a_packed_weight(dtype, rows, inputs, outputs, biased):
@@ -70,14 +71,15 @@ def test_linear_and_embedding_of_a_packed_weight(dtype, rows, inputs, outputs, b
     assert torch.equal(ours.embed(ids, packed), twin.embed(ids, plain))
 
 
-def test_a_row_of_a_packed_product_does_not_depend_on_the_batch():
-    ours = native(torch.bfloat16)
-    if not ours.packs:
-        pytest.skip("no AVX512-BF16 on this machine")
-    x, packed = torch.randn(40, 128).bfloat16(), ours.pack_linear(torch.randn(96, 128).bfloat16(), None)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", [128, 65])
+def test_a_row_of_a_product_does_not_depend_on_the_batch(dtype, inputs):
+    ours = native(dtype)
+    x, packed = torch.randn(40, inputs).to(dtype), ours.pack_linear(torch.randn(96, inputs).to(dtype), None)
     whole = ours.linear(x, packed)
     for rows in (1, 2, 3, 5, 13, 27):
         assert torch.equal(ours.linear(x[:rows].contiguous(), packed), whole[:rows])
+        assert torch.equal(ours.linear(x[-rows:].contiguous(), packed), whole[-rows:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

