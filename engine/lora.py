@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.adapter import HostAdapter
+from engine.host_adapter import HostAdapter
 from engine.kernels.reference import LoraGroup
 from engine.spec import ModelSpec
 

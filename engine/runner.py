@@ -6,10 +6,10 @@ from collections.abc import Callable
 import structlog
 import torch
 
-from engine.adapter import HostAdapter
 from engine.batch import build_batch
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
+from engine.host_adapter import HostAdapter
 from engine.kernels import select_kernels
 from engine.kernels.reference import BLOCK
 from engine.lora import DeviceAdapter, LoraSlots, prepare_adapter

@@ -20,10 +20,10 @@ from engine.adapter import (
     AdapterError,
     AdapterNotFoundError,
     adapter_version,
-    module_path,
     read_adapter,
 )
 from engine.checkpoint import open_checkpoint
+from engine.peft import module_path
 from engine.protocol import AdapterRef
 from engine.spec import LINEAR_BLOCKS, ModelSpec
 from tests.engine.tiny import write_tiny_adapter, write_tiny_model
@@ -193,19 +193,27 @@ def test_a_damaged_directory_names_file_and_cause(
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
-        ({"use_dora": True}, "use_dora is True, which is not supported"),
+        ({"use_dora": True}, "q_proj has no lora_magnitude_vector, use_dora is true"),
+        ({"use_dora": "yes"}, "use_dora must be true or false"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora together with lora_bias"),
+        ({"use_dora": True, "ensure_weight_tying": True}, "use_dora together with ensure_weight_tying"),
         ({"use_brand_new_thing": True}, "use_brand_new_thing is True"),
-        ({"bias": "lora_only"}, "bias is 'lora_only'"),
-        ({"lora_bias": True}, "lora_bias is True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        ({"bias": "some"}, "bias must be .* it is 'some'"),
+        ({"lora_bias": True}, "q_proj has no lora_B.bias, lora_bias is true"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, but .* has none"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save names 'norm'; only embed_tokens and lm_head"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication is"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base's weights"),
         ({"init_lora_weights": ["x"]}, "init_lora_weights is"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "an adapter on lm_head is not supported yet"),
-        ({"target_modules": ["q_proj", "model.embed_tokens"]}, "embed_tokens is not supported yet"),
+        (
+            {"target_modules": ["q_proj", "v_proj", "lm_head"]},
+            "has nothing for 1 of the base's 1, first lm_head",
+        ),
+        ({"target_modules": ["q_proj", "v_proj", "model.embed_tokens"]}, "first model.embed_tokens"),
         ({"target_modules": ["q_proj"]}, "target_modules does not name v_proj"),
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "has nothing for 3 of the base's 3"),
         ({"target_modules": ["q_proj", "v_proj", "c_attn"]}, "'c_attn', which this base does not have"),
@@ -256,7 +264,7 @@ Q_A, Q_B = key(0, "q_proj", "A"), key(0, "q_proj", "B")
         (lambda w: w.clear(), r"holds no weights"),
         (
             lambda w: w.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}),
-            r"adapting embeddings or the head is not supported yet",
+            r"lm_head has lora_A but no lora_B",
         ),
         (
             lambda w: w.update({"base_model.model.model.norm.weight": torch.zeros(64)}),

@@ -11,9 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, LoraWeights
 from engine.config import EngineConfig
 from engine.fake_runner import FakeRunner
+from engine.host_adapter import AdapterError, AdapterNotFoundError, HostAdapter, LoraWeights
 from engine.loop import EngineLoop, ModelLimits
 from engine.protocol import (
     AdapterRef,
