@@ -135,7 +135,7 @@ def load(
     config: EngineConfig, server: "EngineServer", on_crash: Callable[[], None], fake: bool
 ) -> "EngineLoop":
     """Load the model (in a thread) and attach a started loop to the server. Raises `LoadError`."""
-    from engine.adapter import HostAdapter, read_adapter
+    from engine.adapter import read_adapter
     from engine.checkpoint import CheckpointError, open_checkpoint
     from engine.loop import EngineLoop, ModelLimits
     from engine.spec import SpecError
@@ -166,16 +166,13 @@ def load(
     spec = checkpoint.spec
     max_model_len = min(config.max_model_len, spec.max_position_embeddings)
 
-    def device_bytes(adapter: HostAdapter) -> int:
-        return item_bytes * sum(weights.a.numel() + weights.b.numel() for weights in adapter.modules.values())
-
     engine = EngineLoop(
         runner,
         config,
         ModelLimits(spec.vocab_size, max_model_len, spec.eos_token_ids),
         server.deliver,
         read_adapter=functools.partial(read_adapter, spec=spec),
-        device_bytes=device_bytes,
+        device_bytes=lambda adapter: adapter.device_bytes(item_bytes),
         on_crash=on_crash,
     )
     facts = model_facts(config, checkpoint, engine.scheduler.max_len)

@@ -44,12 +44,7 @@ def read_adapter(ref: AdapterRef, spec: ModelSpec) -> HostAdapter:
     sha256 = hashlib.sha256(weights).hexdigest()
     if ref.sha256 is not None and sha256 != ref.sha256.lower():
         raise AdapterError(f"{WEIGHTS_FILE}: its sha256 is {sha256}, the catalog says {ref.sha256}")
-    adapter = read_peft(config, weights, spec, ref.name.partition("/")[0])
-    if not adapter.is_plain or adapter.ends:
-        raise AdapterError(
-            f"{CONFIG_FILE}: DoRA, trained biases and adapted embeddings or heads are not supported yet"
-        )
-    return adapter
+    return read_peft(config, weights, spec, ref.name.partition("/")[0])
 
 
 def _contents(path: Path) -> bytes:

@@ -82,6 +82,23 @@ class HostAdapter:
             and all(end.matrix is None and end.bias is None for end in self.ends)
         )
 
+    def device_bytes(self, item_bytes: int) -> int:
+        """Bytes in device form, for weights of `item_bytes` a number (scales and biases are float32)."""
+        loras = [*self.modules.values(), *(end.lora for end in self.ends if end.lora is not None)]
+        tuned = [
+            weights.b.shape[0]
+            for weights in loras
+            if weights.magnitude is not None or weights.bias is not None
+        ]
+        tuned += [
+            len(bias)
+            for bias in (*self.biases.values(), *(end.bias for end in self.ends))
+            if bias is not None
+        ]
+        numbers = sum(weights.a.numel() + weights.b.numel() for weights in loras)
+        numbers += sum(end.matrix.numel() for end in self.ends if end.matrix is not None)
+        return numbers * item_bytes + sum(tuned) * 8
+
     @property
     def ends(self) -> list[VocabularyWeights]:
         return [end for end in (self.embedding, self.head) if end is not None]

@@ -400,6 +400,8 @@ class EngineLoop:
         """On the loader thread."""
         try:
             prepared = self._runner.prepare_adapter(adapter)
+        except AdapterError as error:
+            self._inbox.put(partial(self._adapter_failed, version, _explain(version.ref, error)))
         except Exception as error:
             log.exception("adapter_failed", adapter=version.ref.name)
             reason = f"The adapter {version.ref.name!r} cannot be loaded: {type(error).__name__}: {error}"

@@ -1,16 +1,15 @@
-"""Adapters in the form the kernels read, and the table of which slot holds what. Knows no files and no states.
+"""The tables of which slot holds which adapter, as the kernels read them. Knows no files and no states.
 
 The base's projections are fused, so an adapter's modules are slices of four fused outputs. Every adapter is one
 contiguous slab at its true ranks: a rank-8 adapter costs rank-8 memory and work whatever else is resident.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from engine.host_adapter import HostAdapter
+from engine.device_adapter import DeviceAdapter, DeviceVocabulary
 from engine.kernels.reference import LoraGroup
 from engine.spec import ModelSpec
 
@@ -22,62 +21,30 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceAdapter:
-    """A [rank, in] and B transposed, scaled [rank, out] of every adapted module, in the model's dtype."""
-
-    slab: Tensor
-    modules: dict[tuple[int, str], tuple[Tensor, Tensor]]
-    groups: frozenset[str]
-    """The fused projections it touches in any layer."""
-
-    @property
-    def num_bytes(self) -> int:
-        return self.slab.numel() * self.slab.element_size()
-
-
-def prepare_adapter(adapter: HostAdapter, dtype: torch.dtype) -> DeviceAdapter:
-    """Copy a host adapter into one slab, with alpha/r folded into B (in float32, before rounding)."""
-    size = sum(weights.a.numel() + weights.b.numel() for weights in adapter.modules.values())
-    slab = torch.empty(size, dtype=dtype)
-    modules: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-    used = 0
-
-    def place(values: Tensor) -> Tensor:
-        nonlocal used
-        view = slab[used : used + values.numel()].view(values.shape)
-        used += values.numel()
-        return view.copy_(values)
-
-    for key, weights in adapter.modules.items():
-        modules[key] = (place(weights.a), place(weights.b.float().T * weights.scaling))
-    touched = {module for _, module in modules}
-    groups = frozenset(group for group, members in GROUPS.items() if touched.intersection(members))
-    return DeviceAdapter(slab, modules, groups)
-
-
 class LoraSlots:
     """Which adapter is in which slot, as tables the kernels read; changed only between steps."""
 
     def __init__(self, spec: ModelSpec, slots: int) -> None:
         self._adapters: list[DeviceAdapter | None] = [None] * slots
         self._layers = spec.num_layers
-        self._tables: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._tables: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._touched: list[frozenset[str]] = [frozenset()] * slots
         self.groups: dict[str, list[LoraGroup]] = {}
         for name, members in GROUPS.items():
             sizes = [spec.linear_shape(member)[0] for member in members]
             shape = (spec.num_layers, slots, len(members))
-            tables = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int32)
-            self._tables[name] = tables
+            a, b, affine, ranks = (np.zeros(shape, kind) for kind in (np.int64, np.int64, np.int64, np.int32))
+            self._tables[name] = a, b, affine, ranks
             offsets = torch.tensor(np.cumsum([0, *sizes[:-1]]), dtype=torch.int32)
             self.groups[name] = [
                 LoraGroup(
                     offsets=offsets,
                     sizes=torch.tensor(sizes, dtype=torch.int32),
-                    a_table=torch.from_numpy(tables[0][layer]),
-                    b_table=torch.from_numpy(tables[1][layer]),
-                    ranks=torch.from_numpy(tables[2][layer]),
-                    weights=[[None] * len(members) for _ in range(slots)],
+                    a_table=torch.from_numpy(a[layer]),
+                    b_table=torch.from_numpy(b[layer]),
+                    affine_table=torch.from_numpy(affine[layer]),
+                    ranks=torch.from_numpy(ranks[layer]),
+                    entries=[[None] * len(members) for _ in range(slots)],
                 )
                 for layer in range(spec.num_layers)
             ]
@@ -87,25 +54,43 @@ class LoraSlots:
         if self._adapters[slot] is not None:
             raise ValueError(f"slot {slot} is taken")
         self._adapters[slot] = adapter
-        for (layer, module), (a, b) in adapter.modules.items():
+        self._touched[slot] = frozenset(_PLACE[module][0] for _, module in adapter.modules)
+        for (layer, module), entry in adapter.modules.items():
             group, index = _PLACE[module]
-            a_table, b_table, ranks = self._tables[group]
-            a_table[layer, slot, index], b_table[layer, slot, index] = a.data_ptr(), b.data_ptr()
-            ranks[layer, slot, index] = a.shape[0]
-            self.groups[group][layer].weights[slot][index] = (a, b)
+            a_table, b_table, affine_table, ranks = self._tables[group]
+            if entry.a is not None and entry.b is not None:
+                a_table[layer, slot, index], b_table[layer, slot, index] = (
+                    entry.a.data_ptr(),
+                    entry.b.data_ptr(),
+                )
+                ranks[layer, slot, index] = entry.a.shape[0]
+            if entry.affine is not None:
+                affine_table[layer, slot, index] = entry.affine.data_ptr()
+            self.groups[group][layer].entries[slot][index] = entry
 
     def remove(self, slot: int) -> None:
         """Empty a slot; the adapter's memory is free once nobody else holds it."""
-        self._adapters[slot] = None
+        self._adapters[slot], self._touched[slot] = None, frozenset()
         for name, members in GROUPS.items():
             for table in self._tables[name]:
                 table[:, slot] = 0
             for group in self.groups[name]:
-                group.weights[slot] = [None] * len(members)
+                group.entries[slot] = [None] * len(members)
 
-    def active_groups(self, slots: frozenset[int]) -> frozenset[str]:
+    def active_groups(self, slots: Collection[int]) -> frozenset[str]:
         """The fused projections that some adapter of the batch touches; the others cost nothing."""
-        return frozenset().union(*(adapter.groups for slot in slots if (adapter := self._adapters[slot])))
+        return frozenset().union(*(self._touched[slot] for slot in slots))
+
+    def embeddings(self, slots: Collection[int | None]) -> dict[int, DeviceVocabulary]:
+        """By slot, the adapters of the batch that change the embedding."""
+        return {slot: adapter.embedding for slot, adapter in self._held(slots).items() if adapter.embedding}
+
+    def heads(self, slots: Collection[int | None]) -> dict[int, DeviceVocabulary]:
+        """By slot, the adapters of the batch that change the head."""
+        return {slot: adapter.head for slot, adapter in self._held(slots).items() if adapter.head}
+
+    def _held(self, slots: Collection[int | None]) -> dict[int, DeviceAdapter]:
+        return {slot: held for slot in slots if slot is not None and (held := self._adapters[slot])}
 
 
 _PLACE = {module: (group, index) for group, members in GROUPS.items() for index, module in enumerate(members)}

@@ -5,7 +5,7 @@ The residual stream is float32 whatever the weights are.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -17,6 +17,7 @@ from engine.checkpoint import Checkpoint
 from engine.kernels.reference import BLOCK, Linear, ReferenceKernels
 from engine.lora import GROUPS, LoraSlots
 from engine.spec import ModelSpec
+from engine.vocabulary import embed, logits
 
 RECORDED_ROWS = 64
 """Steps of up to so many rows are recorded once and repeated: where few rows are computed, calling each kernel from
@@ -140,7 +141,8 @@ class Decoder:
             self._workspace = Workspace.allocate(self.spec, rows, self.dtype)
             self._recorded.clear()
         work = self._workspace.first(rows)
-        work.residual.copy_(self.kernels.embed(batch.token_ids, self._embedding))
+        embeddings = lora.embeddings(batch.slots)
+        work.residual.copy_(embed(self.kernels, self._embedding, self.dtype, batch, embeddings))
         adapted = lora.active_groups(batch.slots)
         compute = self._recorded.get((rows, adapted))
         if compute is None:
@@ -176,9 +178,34 @@ class Decoder:
             delta_TH = project(work.hidden, layer.down, "down", index, work.delta)
         ops.add_rms_norm(work.residual, delta_TH, self._norm, spec.rms_norm_eps, work.x)
 
-    def logits(self, hidden_TH: Tensor) -> Tensor:
-        """[T, H] -> float32 [T, vocabulary]."""
-        return self.kernels.logits(hidden_TH.contiguous(), self._head)
+    def logits(self, hidden_SH: Tensor, slots: Sequence[int | None], lora: LoraSlots) -> Tensor:
+        """[S, H] -> float32 [S, vocabulary]; `slots`: each row's adapter."""
+        return logits(self.kernels, self._head, hidden_SH, slots, lora.heads(slots))
+
+    def rows(self, layer: int | None, module: str, start: int, stop: int) -> Tensor:
+        """Rows start .. stop of a weight [outputs, inputs] as it is computed with, float32."""
+        linear, offset, _ = self._place(layer, module)
+        return self.kernels.rows(linear, offset + start, offset + stop)
+
+    def bias(self, layer: int | None, module: str) -> Tensor | None:
+        """[outputs] float32"""
+        linear, offset, size = self._place(layer, module)
+        return None if linear.bias is None else linear.bias[offset : offset + size].float()
+
+    def pack(self, weight_NH: Tensor) -> Linear:
+        return self.kernels.pack_linear(weight_NH, None)
+
+    def _place(self, layer: int | None, module: str) -> tuple[Linear, int, int]:
+        """The packed weight a module is in, its first output there, and how many it has."""
+        if layer is None:
+            linear = self._embedding if module == "embed_tokens" else self._head
+            return linear, 0, linear.num_outputs
+        for group, members in GROUPS.items():
+            if module in members:
+                sizes = [self.spec.linear_shape(member)[0] for member in members]
+                index = members.index(module)
+                return getattr(self._layers[layer], group), sum(sizes[:index]), sizes[index]
+        raise KeyError(module)
 
 
 def rope_tables(spec: ModelSpec, max_positions: int) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,11 @@ import torch
 from engine.batch import build_batch
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
+from engine.device_adapter import DeviceAdapter, prepare_adapter
 from engine.host_adapter import HostAdapter
 from engine.kernels import select_kernels
 from engine.kernels.reference import BLOCK
-from engine.lora import DeviceAdapter, LoraSlots, prepare_adapter
+from engine.lora import LoraSlots
 from engine.model import Decoder
 from engine.protocol import TokenLogprobs
 from engine.sampler import sample, token_logprobs
@@ -66,7 +67,8 @@ class ModelRunner:
         torch.set_num_threads(1)
 
     def prepare_adapter(self, adapter: HostAdapter) -> DeviceAdapter:
-        return prepare_adapter(adapter, self._dtype)
+        with torch.inference_mode():
+            return prepare_adapter(adapter, self._dtype, self._model)
 
     def install_adapter(self, slot: int, prepared: DeviceAdapter) -> None:
         self._lora.install(slot, prepared)
@@ -83,8 +85,9 @@ class ModelRunner:
         tokens: dict[int, int] = {}
         logprobs: dict[int, TokenLogprobs] = {}
         if sampling:
-            logits_SV = self._model.logits(hidden_TH[[ends[index] - 1 for index in sampling]])
             sequences = [plan.chunks[index].sequence for index in sampling]
+            last_SH = hidden_TH[[ends[index] - 1 for index in sampling]]
+            logits_SV = self._model.logits(last_SH, [sequence.slot for sequence in sequences], self._lora)
             wanted = [sequence.request.sampling.logprobs for sequence in sequences]
             raw_SV = logits_SV.clone() if any(top is not None for top in wanted) else logits_SV
             chosen = sample(logits_SV, sequences, self._eos_token_ids)
@@ -118,6 +121,6 @@ class ModelRunner:
         found: list[TokenLogprobs | None] = [None] if chunk.start == 0 else []
         for position in range(chunk.start + 1, last + 1):
             row = end - chunk.num_tokens + position - 1 - chunk.start
-            logits_V = self._model.logits(hidden_TH[row : row + 1])[0]
+            logits_V = self._model.logits(hidden_TH[row : row + 1], [sequence.slot], self._lora)[0]
             found.append(token_logprobs(logits_V, sequence.token_ids[position], top))
         return found

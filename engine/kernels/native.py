@@ -309,6 +309,7 @@ class NativeKernels(ReferenceKernels):
             group.a_table.data_ptr(),
             group.b_table.data_ptr(),
             group.ranks.data_ptr(),
+            group.affine_table.data_ptr(),
         )
 
 

@@ -296,8 +296,10 @@ INLINE void NAME(shrink)(const int R, const int N, const T *x, int64_t ldx, cons
         for (int j = 0; j < N; j++) s[r * lds + j] = sum16(acc[r][j]) + tail[r][j];
 }
 
-/* y[row][o] += sum_j s[row][j] * b[j][o] for R rows; b is B transposed, with the scaling in it. */
-INLINE void NAME(expand)(const int R, const float *s, int64_t lds, int rank, const T *b, int n, T *y, int64_t ldy) {
+/* y[row][o] += sum_j s[row][j] * b[j][o] for R rows; b is B transposed, with the scaling in it.
+ * AFFINE: y is first multiplied by affine[o], then affine[n + o] is added. */
+INLINE void NAME(expand)(const int R, const int AFFINE, const float *s, int64_t lds, int rank, const T *b, int n,
+                         const float *affine, T *y, int64_t ldy) {
     int o = 0;
     for (; o + 64 <= n; o += 64) {
         v16 acc[4][4];
@@ -319,22 +321,29 @@ INLINE void NAME(expand)(const int R, const float *s, int64_t lds, int rank, con
 #pragma GCC unroll 4
             for (int c = 0; c < 4; c++) {
                 T *out = y + r * ldy + o + c * 16;
-                STORE16(out, LOAD16(out) + acc[r][c]);
+                v16 base = LOAD16(out);
+                if (AFFINE) base = base * *(const v16 *)(affine + o + c * 16) + *(const v16 *)(affine + n + o + c * 16);
+                STORE16(out, base + acc[r][c]);
             }
     }
     for (; o < n; o++)
         for (int r = 0; r < R; r++) {
             float total = 0;
             for (int j = 0; j < rank; j++) total += s[r * lds + j] * LOAD(b + (int64_t)j * n + o);
-            STORE(y + r * ldy + o, LOAD(y + r * ldy + o) + total);
+            float base = LOAD(y + r * ldy + o);
+            if (AFFINE) base = base * affine[o] + affine[n + o];
+            STORE(y + r * ldy + o, base + total);
         }
 }
 
-/* Adds the LoRA deltas of a mixed batch to the slices of a fused projection: y[row, slice] += B(A x[row]).
+/* Adds the LoRA deltas of a mixed batch to the slices of a fused projection:
+ * y[row, slice] = y[row, slice] * scale + bias + B(A x[row]), where scale and bias are 1 and 0 but for DoRA and biases.
  * Segment g: rows seg_start[g] .. seg_end[g] all use adapter slot seg_slot[g]. Tables are [slots, slices]: address of
- * A [rank, in], of B transposed and scaled [rank, slice_size], and the rank (0: not adapted). */
+ * A [rank, in], of B transposed and scaled [rank, slice_size], the rank (0: no delta), and the address of scale and
+ * bias, float [2, slice_size] (0: neither). */
 static void NAME(lora)(const T *x, int in, T *y, int64_t ldy, const Batch *batch, int slices, const int32_t *slice_offset,
-                       const int32_t *slice_size, const int64_t *a_table, const int64_t *b_table, const int32_t *rank_table) {
+                       const int32_t *slice_size, const int64_t *a_table, const int64_t *b_table, const int32_t *rank_table,
+                       const int64_t *affine_table) {
     const int32_t *seg_slot = batch->seg_slot, *seg_start = batch->seg_start, *seg_end = batch->seg_end;
     const int segments = (int)batch->segments;
     enum { ROWS = 32 };
@@ -347,7 +356,8 @@ static void NAME(lora)(const T *x, int in, T *y, int64_t ldy, const Batch *batch
         int tile = task / slices, slice = task % slices, g = 0;
         while (tile_start[g + 1] <= tile) g++;
         int entry = seg_slot[g] * slices + slice, rank = rank_table[entry];
-        if (!rank) continue;
+        const float *affine = (const float *)(intptr_t)affine_table[entry];
+        if (!rank && !affine) continue;
         const T *a = (const T *)(intptr_t)a_table[entry], *b = (const T *)(intptr_t)b_table[entry];
         int row = seg_start[g] + (tile - tile_start[g]) * ROWS, stop = row + ROWS < seg_end[g] ? row + ROWS : seg_end[g];
         float s[4 * MAX_RANK];
@@ -358,8 +368,10 @@ static void NAME(lora)(const T *x, int in, T *y, int64_t ldy, const Batch *batch
             for (; j + 4 <= rank; j += 4) switch (rows) { SHRINK(1, 4) SHRINK(2, 4) SHRINK(3, 4) SHRINK(4, 4) }
             for (; j < rank; j++) switch (rows) { SHRINK(1, 1) SHRINK(2, 1) SHRINK(3, 1) SHRINK(4, 1) }
 #undef SHRINK
-#define EXPAND(R) case R: NAME(expand)(R, s, MAX_RANK, rank, b, slice_size[slice], y + row * ldy + slice_offset[slice], ldy); break;
-            switch (rows) { EXPAND(1) EXPAND(2) EXPAND(3) EXPAND(4) }
+            T *out_row = y + row * ldy + slice_offset[slice];
+#define EXPAND(R, AFFINE) case R: NAME(expand)(R, AFFINE, s, MAX_RANK, rank, b, slice_size[slice], affine, out_row, ldy); break;
+            if (affine) switch (rows) { EXPAND(1, 1) EXPAND(2, 1) EXPAND(3, 1) EXPAND(4, 1) }
+            else switch (rows) { EXPAND(1, 0) EXPAND(2, 0) EXPAND(3, 0) EXPAND(4, 0) }
 #undef EXPAND
         }
     }
@@ -367,7 +379,7 @@ static void NAME(lora)(const T *x, int in, T *y, int64_t ldy, const Batch *batch
 }
 void NAME(op_lora)(const int64_t *a) {
     NAME(lora)(ADDRESS(0), INTEGER(1), ADDRESS(2), a[3], ADDRESS(4), INTEGER(5), ADDRESS(6), ADDRESS(7), ADDRESS(8), ADDRESS(9),
-               ADDRESS(10));
+               ADDRESS(10), ADDRESS(11));
 }
 
 #undef T

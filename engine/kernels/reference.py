@@ -26,19 +26,35 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class LoraGroup:
-    """One fused projection's adapters: what `lora` adds to which slice of its output.
+class LoraEntry:
+    """What one adapter does to one projection: y = y * scale + bias + B(A x)."""
 
-    Tables are [slots, slices], int64 on the CPU: address of A [rank, in], of B transposed and scaled
-    [rank, size], both in the model's dtype and contiguous; `ranks` int32, 0 where the slot adapts nothing.
+    a: Tensor | None
+    """[rank, in], in the model's dtype and contiguous like `b`."""
+    b: Tensor | None
+    """B transposed and scaled [rank, size]; with neither, there is no delta."""
+    affine: Tensor | None = None
+    """Scale and bias, float32 [2, size]; None: 1 and 0."""
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.a, self.b, self.affine) if tensor is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """One fused projection's adapters: what `lora` does to which slice of its output.
+
+    Tables are [slots, slices], int64 on the CPU: addresses of an entry's tensors, 0 where it has none; `ranks` int32,
+    0 where there is no delta.
     """
 
     offsets: Tensor
     sizes: Tensor
     a_table: Tensor
     b_table: Tensor
+    affine_table: Tensor
     ranks: Tensor
-    weights: list[list[tuple[Tensor, Tensor] | None]]
+    entries: list[list[LoraEntry | None]]
     """The same per slot and slice; keeps the tensors alive."""
 
 
@@ -64,6 +80,10 @@ class ReferenceKernels:
     def logits(self, x_TH: Tensor, linear: Linear) -> Tensor:
         """As `linear`, but float32 out."""
         return F.linear(x_TH, linear.weight, linear.bias).float()
+
+    def rows(self, linear: Linear, start: int, stop: int) -> Tensor:
+        """Rows of the weight as it was packed: outputs start .. stop, float32 [stop - start, H]."""
+        return self.embed(torch.arange(start, stop), linear)
 
     def embed(self, token_ids_T: Tensor, linear: Linear) -> Tensor:
         """Rows of the (tied) embedding matrix as float32 [T, H]: the start of the residual stream."""
@@ -145,18 +165,21 @@ class ReferenceKernels:
         return out
 
     def lora(self, x_TH: Tensor, y_TN: Tensor, batch: Batch, group: LoraGroup) -> None:
-        """y[row, slice] += B(A x[row]) for the adapter slot of every row's segment, in place."""
+        """y[row, slice] = y[row, slice] * scale + bias + B(A x[row]) for the slot of every row's segment, in place."""
         for slot, start, end in zip(
             batch.segment_slot.tolist(), batch.segment_start.tolist(), batch.segment_end.tolist(), strict=True
         ):
-            for slice_index, pair in enumerate(group.weights[slot]):
-                if pair is None:
+            for slice_index, entry in enumerate(group.entries[slot]):
+                if entry is None:
                     continue
-                a, b = pair
                 offset, size = int(group.offsets[slice_index]), int(group.sizes[slice_index])
-                delta = (x_TH[start:end].float() @ a.float().T) @ b.float()
                 y = y_TN[start:end, offset : offset + size]
-                y.copy_((y.float() + delta).to(y.dtype))
+                result = y.float()
+                if entry.affine is not None:
+                    result = result * entry.affine[0] + entry.affine[1]
+                if entry.a is not None and entry.b is not None:
+                    result = result + (x_TH[start:end].float() @ entry.a.float().T) @ entry.b.float()
+                y.copy_(result.to(y.dtype))
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:

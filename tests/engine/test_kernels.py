@@ -1,12 +1,14 @@
 """Every native kernel against its torch twin, on ugly shapes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from engine.batch import Batch
 from engine.kernels import CompileError
 from engine.kernels.native import NativeKernels
-from engine.kernels.reference import BLOCK, LoraGroup, ReferenceKernels
+from engine.kernels.reference import BLOCK, LoraEntry, LoraGroup, ReferenceKernels
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -120,27 +122,39 @@ def test_rope_pages_and_attention_of_a_mixed_batch(dtype, heads, kv_heads, dim, 
         close(found, expected, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_lora_of_mixed_ranks_slices_and_rows_without_adapter(dtype):
-    torch.manual_seed(0)
-    ours, twin = native(dtype), ReferenceKernels()
-    inputs, sizes, ranks = 72, [80, 33], [[1, 8], [64, 0], [0, 3], [5, 256]]
-    weights, tables = [], [torch.zeros(4, 2, dtype=torch.int64) for _ in range(2)]
+def lora_group(dtype, ranks: list[list[int]], sizes: list[int], inputs: int, tuned=()) -> LoraGroup:
+    """Random adapters; those of the (slot, slice) in `tuned` have a scale and a bias too."""
+    shape = len(ranks), len(sizes)
+    entries, tables = [], [torch.zeros(shape, dtype=torch.int64) for _ in range(3)]
     for slot, row in enumerate(ranks):
-        weights.append([])
+        entries.append([])
         for index, (rank, size) in enumerate(zip(row, sizes, strict=True)):
-            a = (torch.randn(rank, inputs) / 8).to(dtype)
-            b = (torch.randn(rank, size) / 8).to(dtype)
-            weights[-1].append((a, b) if rank else None)
-            tables[0][slot, index], tables[1][slot, index] = a.data_ptr(), b.data_ptr()
-    group = LoraGroup(
-        offsets=torch.tensor([0, 80], dtype=torch.int32),
+            entry = LoraEntry(
+                (torch.randn(rank, inputs) / 8).to(dtype) if rank else None,
+                (torch.randn(rank, size) / 8).to(dtype) if rank else None,
+                torch.randn(2, size) if (slot, index) in tuned else None,
+            )
+            for table, tensor in zip(tables, (entry.a, entry.b, entry.affine), strict=True):
+                table[slot, index] = 0 if tensor is None else tensor.data_ptr()
+            entries[-1].append(entry if entry.tensors() else None)
+    return LoraGroup(
+        offsets=torch.tensor([0, *sizes[:-1]], dtype=torch.int32),
         sizes=torch.tensor(sizes, dtype=torch.int32),
         a_table=tables[0],
         b_table=tables[1],
+        affine_table=tables[2],
         ranks=torch.tensor(ranks, dtype=torch.int32),
-        weights=weights,
+        entries=entries,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tuned", [(), ((0, 0), (1, 1), (3, 0), (3, 1))], ids=["plain", "scaled"])
+def test_lora_of_mixed_ranks_slices_and_rows_without_adapter(dtype, tuned):
+    torch.manual_seed(0)
+    ours, twin = native(dtype), ReferenceKernels()
+    inputs, sizes = 72, [80, 33]
+    group = lora_group(dtype, [[1, 8], [64, 0], [0, 3], [5, 256]], sizes, inputs, tuned)
     segments = [(0, 1, 2), (3, 2, 9), (1, 9, 50), (2, 52, 55)]
     batch = make_batch([(0, 56)], 8, segments)
     x, y = torch.randn(56, inputs).to(dtype), torch.randn(56, sum(sizes)).to(dtype)
@@ -153,6 +167,20 @@ def test_lora_of_mixed_ranks_slices_and_rows_without_adapter(dtype):
         untouched[start:end] = False
     assert torch.equal(mine[untouched], y[untouched])
     assert not torch.equal(mine[~untouched], y[~untouched])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_scale_of_one_and_a_bias_of_zero_change_no_bit(dtype):
+    torch.manual_seed(0)
+    ours, batch = native(dtype), make_batch([(0, 9)], 8, [(0, 0, 9)])
+    plain = lora_group(dtype, [[7]], [97], 40)
+    neutral = torch.stack([torch.ones(97), torch.zeros(97)])
+    scaled = replace(plain, affine_table=torch.tensor([[neutral.data_ptr()]]))
+    x, y = torch.randn(9, 40).to(dtype), torch.randn(9, 97).to(dtype)
+    mine, same = y.clone(), y.clone()
+    ours.lora(x, mine, batch, plain)
+    ours.lora(x, same, batch, scaled)
+    assert torch.equal(mine, same) and not torch.equal(mine, y)
 
 
 def test_a_recorded_step_repeats_for_another_batch_of_as_many_rows():

@@ -54,8 +54,12 @@ def write_tiny_adapter(
     alpha: float | None = None,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
+    **options: Any,
 ) -> Path:
-    """A random PEFT adapter whose B is not zero, strong enough to change greedy output. `alpha`: 2 * rank."""
+    """A random PEFT adapter in which everything trainable was trained, enough to change greedy output.
+
+    `alpha`: 2 * rank. `options`: further arguments of peft's LoraConfig.
+    """
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=rank,
@@ -65,16 +69,28 @@ def write_tiny_adapter(
         alpha_pattern=alpha_pattern or {},  # type: ignore[arg-type]
         use_rslora=rslora,
         task_type="CAUSAL_LM",
+        **options,
     )
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     with warnings.catch_warnings():  # peft calls what transformers has just deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)  # and it has advice for every unusual format
         model = peft.get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if not parameter.requires_grad:
+                continue
+            if name.endswith(".bias"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            elif "lora_B" in name or "lora_embedding_A" in name:
                 parameter.normal_(std=0.1)
-    model.save_pretrained(str(directory))
+            elif "lora_magnitude_vector" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+            elif "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.save_pretrained(str(directory))
     return directory
 
 
