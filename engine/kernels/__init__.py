@@ -3,7 +3,8 @@
 import structlog
 import torch
 
-from engine.kernels.native import CompileError, NativeKernels
+from engine.kernels.library import CompileError
+from engine.kernels.native import NativeKernels
 from engine.kernels.reference import ReferenceKernels
 
 log = structlog.get_logger()

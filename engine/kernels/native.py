@@ -1,19 +1,12 @@
-"""The kernels of cpu.c: compiled with the system's C compiler on first use, cached, called through ctypes.
+"""The kernels of cpu.c, called through ctypes.
 
 Every method means what its twin in `reference.py` says. Calls release the GIL and run on torch's OpenMP threads.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
 import struct
-import subprocess
-import tempfile
 from array import array
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,18 +14,9 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.kernels.library import load_library
 from engine.kernels.reference import Linear, LoraGroup, ReferenceKernels
 
-SOURCES = [Path(__file__).with_name("cpu.c"), Path(__file__).with_name("ops.c")]
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-mprefer-vector-width=512",
-    "-ffp-contract=fast",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
-]
 PANEL = 32
 """Outputs of one packed panel of a bfloat16 weight."""
 CALL_WORDS = 16
@@ -41,57 +25,13 @@ BATCH_WORDS = 13
 """64-bit words of cpu.c's `Batch`."""
 
 
-class CompileError(Exception):
-    """No compiler, or it failed; the message is its own."""
-
-
-def compile_kernels() -> Path:
-    """The shared library for this machine, built if it is not cached yet.
-
-    Raises:
-        CompileError: with the reason, when it cannot be built.
-    """
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise CompileError("no C compiler (cc, gcc or clang) on the path")
-    flags = [flag for flag in FLAGS if platform.machine() == "x86_64" or not flag.startswith("-mprefer")]
-    key = hashlib.sha256(" ".join([compiler, *flags, _cpu_flags()]).encode())
-    for source in SOURCES:
-        key.update(source.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraland"
-    library = cache / f"cpu-{key.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / "cpu.so"
-            command = [compiler, *flags, "-Wno-psabi", "-o", str(built), str(SOURCES[0]), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                raise CompileError(f"{' '.join(command)}: {done.stderr.strip()[-800:]}")
-            built.rename(library)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CompileError(str(error)) from error
-    return library
-
-
-def _cpu_flags() -> str:
-    """What `-march=native` depends on, so that a cache shared by different machines stays right."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-
-
 class NativeKernels(ReferenceKernels):
     """cpu.c for the model's dtype; inherits the torch form of what it does not speed up."""
 
     name = "native"
 
     def __init__(self, dtype: torch.dtype) -> None:
-        library = ctypes.CDLL(str(compile_kernels()))
+        library = load_library()
         suffix = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
         self.dots = dtype == torch.bfloat16 and bool(library.has_gemm_bf16())
         """Whether the processor multiplies pairs of bfloat16."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.kernels import CompileError
-from engine.kernels.native import compile_kernels
+from engine.kernels.library import load_library
 from engine.step import StepPlan
 from tests.engine.driving import Driver
 from tests.engine.tiny import VOCABULARY, write_tiny_adapter, write_tiny_model
@@ -19,7 +19,7 @@ SAMPLING = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 7, "top_p": 0.9}]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
     try:
-        compile_kernels()
+        load_library()
     except CompileError as error:
         pytest.skip(f"no native kernels: {error}")
     folder = tmp_path_factory.mktemp("invariance")
