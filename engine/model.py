@@ -95,6 +95,8 @@ class Decoder:
             progress(index + 1, self.spec.num_layers)
         self._workspace = Workspace.allocate(self.spec, 0, dtype)
         self._recorded: dict[tuple[int, frozenset[str]], Callable[[Batch], None]] = {}
+        self._recorded_for: tuple[KvCache, LoraSlots] | None = None
+        """Whose addresses the recorded steps hold; kept, so that none is given to another tensor."""
         self._norm = checkpoint.tensor("model.norm.weight", torch.float32)
         self._embedding = kernels.pack_linear(checkpoint.tensor("model.embed_tokens.weight", dtype), None)
         if self.spec.tie_word_embeddings:
@@ -139,6 +141,10 @@ class Decoder:
         rows = len(batch.token_ids)
         if rows > self._workspace.rows:
             self._workspace = Workspace.allocate(self.spec, rows, self.dtype)
+            self._recorded.clear()
+        held = self._recorded_for
+        if held is None or held[0] is not kv_cache or held[1] is not lora:
+            self._recorded_for = kv_cache, lora
             self._recorded.clear()
         work = self._workspace.first(rows)
         embeddings = lora.embeddings(batch.slots)

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from engine.batch import Batch
+from engine.checkpoint import open_checkpoint
 from engine.kernels import CompileError
 from engine.kernels.native import NativeKernels
 from engine.kernels.reference import BLOCK, LoraEntry, LoraGroup, ReferenceKernels
+from engine.lora import LoraSlots
+from engine.model import Decoder
+from tests.engine.tiny import write_tiny_model
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -205,3 +209,19 @@ def test_a_recorded_step_repeats_for_another_batch_of_as_many_rows():
         attended.zero_()
         replay(batch)
         assert torch.equal(attended, expected)
+
+
+def test_a_recorded_step_writes_to_the_pages_it_is_given(tmp_path):
+    checkpoint = open_checkpoint(write_tiny_model(tmp_path / "model", "llama"))
+    model, lora = Decoder(checkpoint, torch.float32, native(torch.float32), 64), LoraSlots(checkpoint.spec, 1)
+    batch = make_batch([(0, 20)], 4)
+    pages = []
+    for _ in range(2):
+        kv_cache = model.new_kv_cache(4)
+        for layer in kv_cache:
+            for tensor in layer:
+                tensor.zero_()
+        model.forward(batch, kv_cache, lora)
+        pages.append(torch.stack([keys for keys, _ in kv_cache]))
+    assert pages[0].any()
+    assert torch.equal(pages[0], pages[1])
