@@ -52,7 +52,7 @@ def build_batch(plan: StepPlan, block_size: int) -> Batch:
         sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.num_tokens
         stop = row + chunk.num_tokens
         tables[index, : len(sequence.block_table)] = sequence.block_table
-        token_ids[row:stop] = sequence.token_ids[start:end]
+        token_ids[row:stop] = chunk.token_ids
         position = np.arange(start, end, dtype=np.int32)
         positions[row:stop] = position
         kv_slots[row:stop] = tables[index, position // block_size] * block_size + position % block_size

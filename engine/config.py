@@ -29,6 +29,12 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sequences that run at once."""
     max_waiting: int = 1024
     """Requests that may wait; one more is refused as overloaded."""
+    max_waiting_tokens: int = 1_000_000
+    """Prompt tokens that may wait, likewise; a lone request is never refused for its size."""
+    speculative_tokens: int = 0
+    """Tokens guessed by prompt lookup and checked in one step; 0 for none. Never changes an answer."""
+    speculative_ngram: int = 3
+    """Tokens in a row that must have come before to guess what follows."""
     adapter_slots: int = 64
     """Adapters that can be resident at once."""
     adapter_device_mib: int = 512
@@ -73,6 +79,9 @@ def check_config(config: EngineConfig, source: str) -> None:
         "max_batch_tokens": 1,
         "max_sequences": 1,
         "max_waiting": 1,
+        "max_waiting_tokens": 1,
+        "speculative_tokens": 0,
+        "speculative_ngram": 1,
         "adapter_slots": 1,
         "adapter_device_mib": 1,
         "adapter_host_mib": 1,

@@ -43,25 +43,33 @@ class FakeRunner:
 
     def _result(self, chunk: Chunk) -> ChunkResult:
         sampling = chunk.sequence.request.sampling
-        token = self._next(chunk) if chunk.samples else None
+        tokens = self._sample(chunk) if chunk.samples else []
         logprobs = None
-        if token is not None and sampling.logprobs is not None:
-            logprobs = TokenLogprobs(
-                -0.5, [(token + index, -0.5 - index) for index in range(sampling.logprobs)]
-            )
+        if tokens and sampling.logprobs is not None:
+            logprobs = [
+                TokenLogprobs(-0.5, [(token + index, -0.5 - index) for index in range(sampling.logprobs)])
+                for token in tokens
+            ]
         prompt = None
         if sampling.prompt_logprobs is not None and chunk.start < chunk.sequence.num_prompt_tokens:
             last = min(chunk.start + chunk.num_tokens, chunk.sequence.num_prompt_tokens - 1)
             prompt = [None] if chunk.start == 0 else []
             prompt += [TokenLogprobs(-1.0, []) for _ in range(chunk.start, last)]
-        return ChunkResult(token, logprobs, prompt)
+        return ChunkResult(tokens, logprobs, prompt)
 
-    def _next(self, chunk: Chunk) -> int:
+    def _sample(self, chunk: Chunk) -> list[int]:
+        known = list(chunk.sequence.token_ids)
+        for guess in (*chunk.draft, None):
+            known.append(self._next(chunk, known))
+            if known[-1] != guess:
+                break
+        return known[len(chunk.sequence.token_ids) :]
+
+    def _next(self, chunk: Chunk, token_ids: list[int]) -> int:
         sequence = chunk.sequence
-        sampling = sequence.request.sampling
         slot = -1 if sequence.slot is None else sequence.slot
-        mixed = sequence.token_ids[-1] * 31 + len(sequence.token_ids) * 7 + slot * 13
-        if sampling.temperature:
+        mixed = token_ids[-1] * 31 + len(token_ids) * 7 + slot * 13
+        if sequence.request.sampling.temperature:
             mixed += sequence.seed
         return self._alphabet[mixed % len(self._alphabet)]
 

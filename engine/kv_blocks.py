@@ -80,16 +80,15 @@ class BlockPool:
             self._block_of[key] = block
             self._key_of[block] = key
 
-    def extend_keys(
-        self, keys: list[bytes], adapter_digest: str | None, token_ids: SequenceOf[int], full: int
-    ) -> None:
+    def extend_keys(self, keys: list[bytes], root: bytes, token_ids: SequenceOf[int], full: int) -> None:
         """Append to `keys` until it holds one for each of the first `full` blocks of the tokens.
 
-        A key is a hash of the adapter's digest and every token up to the block's end, so equal keys mean equal KV.
+        A key is a hash of the root (which adapter, whose cache) and every token up to the block's end, so equal keys
+        mean equal KV.
         """
         while len(keys) < full:
             start = len(keys) * self.block_size
-            parent = keys[-1] if keys else (adapter_digest or "").encode()
+            parent = keys[-1] if keys else root
             tokens = array("q", token_ids[start : start + self.block_size]).tobytes()
             keys.append(hashlib.blake2b(parent + b"|" + tokens, digest_size=16).digest())
 

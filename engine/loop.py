@@ -4,6 +4,7 @@ All bookkeeping (sequences, blocks, residency) happens on this thread. Adapter f
 results come back through the same inbox as the requests.
 """
 
+import heapq
 import queue
 import random
 import threading
@@ -24,7 +25,6 @@ from engine.metrics import UNKNOWN_ADAPTER, EngineMetrics
 from engine.protocol import (
     AdapterRef,
     EngineStatus,
-    FinishReason,
     Generate,
     RejectCode,
     Rejected,
@@ -99,6 +99,8 @@ class EngineLoop:
             max_sequences=config.max_sequences,
             max_model_len=limits.max_model_len,
             eos_token_ids=limits.eos_token_ids,
+            speculative_tokens=config.speculative_tokens,
+            speculative_ngram=config.speculative_ngram,
         )
         mib = 2**20
         self.residency = Residency(
@@ -114,8 +116,13 @@ class EngineLoop:
         self._outbox: dict[int, list[Message]] = {}
         self._resident_names: list[str] = []
         self._next_key = 0
-        self._requests_per_s = 0.0
+        self._tokens_per_s = 0.0
+        """Of prompts and answers, smoothed over some fifty steps."""
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        """A heap: when, and which sequence then expires unless it is finished."""
         self._counted_preemptions = 0
+        self._counted_proposed = 0
+        self._counted_accepted = 0
         self._stopping = False
         self.alive_s = clock()
         """When the loop last came round; a health check compares it with the clock."""
@@ -166,6 +173,7 @@ class EngineLoop:
             self._drain_inbox(block=not worked)
             if self._stopping:
                 break
+            self._expire()
             self._load_adapters()
             worked = self._step()
             self._send()
@@ -176,11 +184,20 @@ class EngineLoop:
         self.alive_s = self._clock()
         try:
             if block:
-                self._inbox.get(timeout=1.0)()
+                until_s = self._deadlines[0][0] - self.alive_s if self._deadlines else 1.0
+                self._inbox.get(timeout=min(1.0, max(0.0, until_s)))()
             while True:
                 self._inbox.get_nowait()()
         except queue.Empty:
             return
+
+    def _expire(self) -> None:
+        """Answer the requests whose deadline has passed; nothing more is computed for them."""
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            _, _, sequence = heapq.heappop(self._deadlines)
+            if sequence.state is not SequenceState.FINISHED:
+                text = f"The request was not finished within {sequence.request.deadline_s:g} s."
+                self._reject(sequence, RejectCode.EXPIRED, text)
 
     def _step(self) -> bool:
         """Compute one step, if there is anything to compute."""
@@ -202,6 +219,7 @@ class EngineLoop:
             return True
         now = self._clock()
         self.metrics.step_seconds.observe(now - started)
+        self._tokens_per_s += 0.02 * (plan.num_tokens / max(now - started, 1e-4) - self._tokens_per_s)
         self._report(self.scheduler.apply(plan, result), now)
         return True
 
@@ -218,8 +236,8 @@ class EngineLoop:
             else:
                 self.metrics.inter_token.observe(now - self._last_token_s[sequence.key])
             self._last_token_s[sequence.key] = now
-            self.metrics.generated_tokens.inc()
-            self.metrics.adapter_tokens.labels(_adapter_label(sequence)).inc()
+            self.metrics.generated_tokens.inc(len(made.token_ids))
+            self.metrics.adapter_tokens.labels(_adapter_label(sequence)).inc(len(made.token_ids))
             outputs.setdefault(sequence.connection, []).append(
                 SequenceOutput(
                     sequence.request.request_id,
@@ -251,8 +269,11 @@ class EngineLoop:
             arrival_s=now,
             connection=connection,
             seed=random.getrandbits(63) if seed is None else seed,
+            leader=self._leader_of(connection, request),
         )
         self._next_key += 1
+        if request.deadline_s is not None:
+            heapq.heappush(self._deadlines, (now + request.deadline_s, sequence.key, sequence))
         self._sequences[connection, request.request_id] = sequence
         self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
         if request.adapter is None:
@@ -303,13 +324,33 @@ class EngineLoop:
         wrong = _out_of_range(sampling)
         if wrong is not None:
             return refuse(RejectCode.INVALID, wrong)
-        waiting = len(self._sequences) - self.scheduler.num_running
-        if waiting >= self._config.max_waiting:
-            wait_s = min(60.0, max(1.0, waiting / max(self._requests_per_s, 0.1)))
-            return refuse(
-                RejectCode.OVERLOADED, f"The engine's queue is full ({waiting} requests wait).", wait_s
-            )
-        return None
+        if not (request.deadline_s is None or request.deadline_s > 0):
+            return refuse(RejectCode.INVALID, f"Out of range: deadline_s ({request.deadline_s}).")
+        return self._overload(request)
+
+    def _overload(self, request: Generate) -> Rejected | None:
+        """A refusal when the queue is full, by requests or by tokens, that says when to come again."""
+        waiting = [s for s in self._sequences.values() if s.state is not SequenceState.RUNNING]
+        tokens = sum(sequence.num_prompt_tokens for sequence in waiting)
+        if len(waiting) >= self._config.max_waiting:
+            full = f"{len(waiting)} requests wait"
+        elif waiting and tokens + len(request.prompt) > self._config.max_waiting_tokens:
+            full = f"{tokens} prompt tokens wait"
+        else:
+            return None
+        tokens += sum(sequence.request.sampling.max_tokens for sequence in waiting)
+        wait_s = min(60.0, max(1.0, tokens / max(self._tokens_per_s, 1.0)))
+        message = f"The engine's queue is full ({full})."
+        return Rejected(request.request_id, RejectCode.OVERLOADED, message, wait_s)
+
+    def _leader_of(self, connection: int, request: Generate) -> Sequence | None:
+        """The sequence whose prompt blocks a request shares, if it is still there and really has its prompt."""
+        leader = None if request.follows is None else self._sequences.get((connection, request.follows))
+        same = leader is not None and (
+            (leader.request.prompt, leader.request.adapter, leader.request.cache_salt)
+            == (request.prompt, request.adapter, request.cache_salt)
+        )
+        return leader if same else None
 
     def _abort(self, connection: int, request_id: str) -> None:
         sequence = self._sequences.get((connection, request_id))
@@ -348,10 +389,6 @@ class EngineLoop:
         known = sequence.request.adapter is None or version is not None
         label = _adapter_label(sequence) if known else UNKNOWN_ADAPTER
         self.metrics.requests.labels(label, outcome).inc()
-        if outcome in (FinishReason.STOP, FinishReason.LENGTH):
-            spent_s = max(now - sequence.arrival_s, 1e-3)
-            rate = (self.scheduler.num_running + 1) / spent_s
-            self._requests_per_s += 0.1 * (rate - self._requests_per_s)
 
     def _load_adapters(self) -> None:
         """Admit what has become resident, refuse what failed, and start the I/O that residency asks for."""
@@ -455,6 +492,10 @@ class EngineLoop:
         preemptions = self.scheduler.num_preemptions
         metrics.preemptions.inc(preemptions - self._counted_preemptions)
         self._counted_preemptions = preemptions
+        metrics.proposed_tokens.inc(self.scheduler.num_proposed - self._counted_proposed)
+        metrics.accepted_tokens.inc(self.scheduler.num_accepted - self._counted_accepted)
+        self._counted_proposed = self.scheduler.num_proposed
+        self._counted_accepted = self.scheduler.num_accepted
         if self._outbox:
             outbox, self._outbox = self._outbox, {}
             self._deliver(outbox)

@@ -32,6 +32,8 @@ class EngineMetrics:
         self.cached_tokens = counter("cached_tokens", "Prompt tokens found in the prefix cache")
         self.generated_tokens = counter("generated_tokens", "Tokens sampled")
         self.preemptions = counter("preemptions", "Sequences sent back to the queue for lack of blocks")
+        self.proposed_tokens = counter("speculative_proposed_tokens", "Tokens guessed by prompt lookup")
+        self.accepted_tokens = counter("speculative_accepted_tokens", "Guessed tokens that were right")
         self.evictions = counter("adapter_evictions", "Adapters removed from a device slot")
         self.requests = counter("requests", "Finished requests", ("adapter", "outcome"))
         self.adapter_tokens = counter("adapter_tokens", "Tokens sampled, by adapter", ("adapter",))

@@ -65,6 +65,17 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     prompt: list[int]
     sampling: SamplingParams
     adapter: AdapterRef | None = None
+    follows: str | None = None
+    """Another choice of the same request, sent just before over the same connection: same prompt, same adapter. Its
+    prompt is computed once and its blocks are shared."""
+    priority: int = 0
+    """Lower goes first, and may preempt higher."""
+    deadline_s: float | None = None
+    """Seconds after arrival at which the request is given up: it ends with `EXPIRED`."""
+    tenant: str = ""
+    """Tenants take turns, as adapters do."""
+    cache_salt: str = ""
+    """Prefixes are shared only among requests with the same salt."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -120,6 +131,8 @@ class RejectCode(StrEnum):
     """The adapter exists but cannot be used with this base; the message says why."""
     OVERLOADED = "overloaded"
     """The queue is full; try again after `retry_after_s`."""
+    EXPIRED = "expired"
+    """Its deadline has passed."""
     UNAVAILABLE = "unavailable"
     """The engine is shutting down."""
     INTERNAL = "internal"

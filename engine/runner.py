@@ -16,7 +16,7 @@ from engine.kernels.reference import BLOCK
 from engine.lora import LoraSlots
 from engine.model import Decoder
 from engine.protocol import TokenLogprobs
-from engine.sampler import sample, token_logprobs
+from engine.sampler import check_draft, sample, token_logprobs
 from engine.step import Chunk, ChunkResult, StepPlan, StepResult
 
 log = structlog.get_logger()
@@ -81,30 +81,45 @@ class ModelRunner:
         batch = build_batch(plan, BLOCK)
         hidden_TH = self._model.forward(batch, self._kv_cache, self._lora)
         ends = batch.query_start[1:].tolist()
-        sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
-        tokens: dict[int, int] = {}
-        logprobs: dict[int, TokenLogprobs] = {}
-        if sampling:
-            sequences = [plan.chunks[index].sequence for index in sampling]
-            last_SH = hidden_TH[[ends[index] - 1 for index in sampling]]
-            logits_SV = self._model.logits(last_SH, [sequence.slot for sequence in sequences], self._lora)
-            wanted = [sequence.request.sampling.logprobs for sequence in sequences]
-            raw_SV = logits_SV.clone() if any(top is not None for top in wanted) else logits_SV
-            chosen = sample(logits_SV, sequences, self._eos_token_ids)
-            for row, (index, token, top) in enumerate(zip(sampling, chosen, wanted, strict=True)):
-                tokens[index] = token
-                if top is not None:
-                    logprobs[index] = token_logprobs(raw_SV[row], token, top)
+        sampled = self._sample(plan, hidden_TH, ends)
         return StepResult(
             [
-                ChunkResult(
-                    tokens.get(index),
-                    logprobs.get(index),
-                    self._prompt_logprobs(chunk, hidden_TH, ends[index]),
-                )
-                for index, chunk in enumerate(plan.chunks)
+                ChunkResult(*sampled.get(index, ([], None)), self._prompt_logprobs(chunk, hidden_TH, end))
+                for index, (chunk, end) in enumerate(zip(plan.chunks, ends, strict=True))
             ]
         )
+
+    def _sample(
+        self, plan: StepPlan, hidden_TH: torch.Tensor, ends: list[int]
+    ) -> dict[int, tuple[list[int], list[TokenLogprobs] | None]]:
+        """Tokens, and their logprobs where asked for, of the chunks that sample, by their place in the plan."""
+        sampling = [(index, chunk) for index, chunk in enumerate(plan.chunks) if chunk.samples]
+        # Those without guesses come first and are sampled together.
+        sampling.sort(key=lambda each: len(each[1].draft))
+        plain = [chunk.sequence for _, chunk in sampling if not chunk.draft]
+        rows = [row for i, chunk in sampling for row in range(ends[i] - 1 - len(chunk.draft), ends[i])]
+        if not rows:
+            return {}
+        slots = [chunk.sequence.slot for _, chunk in sampling for _ in range(1 + len(chunk.draft))]
+        logits_RV = self._model.logits(hidden_TH[rows], slots, self._lora)
+        scored = any(chunk.sequence.request.sampling.logprobs is not None for _, chunk in sampling)
+        raw_RV = logits_RV.clone() if scored else logits_RV
+        found = [[token] for token in sample(logits_RV[: len(plain)], plain, self._eos_token_ids)]
+        row = len(plain)
+        for _, chunk in sampling[len(plain) :]:
+            stop = row + 1 + len(chunk.draft)
+            found.append(check_draft(logits_RV[row:stop], chunk.sequence, chunk.draft, self._eos_token_ids))
+            row = stop
+        results: dict[int, tuple[list[int], list[TokenLogprobs] | None]] = {}
+        row = 0
+        for (index, chunk), tokens in zip(sampling, found, strict=True):
+            top = chunk.sequence.request.sampling.logprobs
+            scores = None
+            if top is not None:
+                scores = [token_logprobs(raw_RV[row + i], token, top) for i, token in enumerate(tokens)]
+            results[index] = tokens, scores
+            row += 1 + len(chunk.draft)
+        return results
 
     def _prompt_logprobs(
         self, chunk: Chunk, hidden_TH: torch.Tensor, end: int

@@ -3,6 +3,7 @@
 Shape suffixes: S rows that sample, V vocabulary.
 """
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -32,6 +33,24 @@ def sample(logits_SV: Tensor, sequences: list[Sequence], eos_token_ids: Iterable
             uniform = uniform_draw(sequence.seed, len(sequence.token_ids))
             tokens[row] = draw(logits_SV[row], sequence.request.sampling, uniform)
     return tokens
+
+
+def check_draft(
+    logits_RV: Tensor, sequence: Sequence, draft: tuple[int, ...], eos_token_ids: Iterable[int]
+) -> list[int]:
+    """The sequence's next tokens: one, and one more for each guess in a row that was what is sampled anyway.
+
+    Row r gives the token after the r-th guess. The draw depends on seed and position only, so the tokens are those of
+    a decode without guesses, at any temperature.
+    """
+    ahead = copy.copy(sequence)
+    ahead.token_ids = list(sequence.token_ids)
+    for logits_V, guess in zip(logits_RV, (*draft, None), strict=True):
+        (token,) = sample(logits_V[None], [ahead], eos_token_ids)
+        ahead.token_ids.append(token)
+        if token != guess:
+            break
+    return ahead.token_ids[len(sequence.token_ids) :]
 
 
 def adjust(logits_V: Tensor, sequence: Sequence, eos_token_ids: Iterable[int]) -> None:

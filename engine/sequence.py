@@ -5,6 +5,9 @@ from enum import Enum, auto
 
 from engine.protocol import FinishReason, Generate, TokenLogprobs
 
+Flow = tuple[str, str | None]
+"""Who shares a turn with whom: (tenant, adapter digest)."""
+
 
 class SequenceState(Enum):
     """WAITING_ADAPTER -> WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING by preemption; any -> FINISHED by abort."""
@@ -36,6 +39,10 @@ class Sequence:
     """Prefix-cache keys of the full blocks hashed so far."""
     adapter_digest: str | None = None
     """Identity of the adapter's content; None for the base model. Part of every prefix-cache key."""
+    leader: "Sequence | None" = None
+    """The choice of the same request whose prompt blocks this one shares; it waits until they are computed."""
+    followers: list["Sequence"] = field(default_factory=list)
+    """Those that wait for this one's prompt."""
     slot: int | None = None
     """The adapter's device slot while resident; None for the base model."""
     seed: int = 0
@@ -49,6 +56,25 @@ class Sequence:
         if not self.token_ids:
             self.token_ids = list(self.request.prompt)
             self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def flow(self) -> Flow:
+        return self.request.tenant, self.adapter_digest
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller goes first: by priority, then by arrival."""
+        return self.request.priority, self.key
+
+    @property
+    def cache_root(self) -> bytes:
+        """What the first prefix-cache key is derived from: sequences that differ here never share a block."""
+        return f"{self.adapter_digest or ''}|{self.request.cache_salt}".encode()
+
+    @property
+    def is_computing_prompt(self) -> bool:
+        """Whether its first token is still to come."""
+        return self.state is not SequenceState.FINISHED and self.num_generated == 0
 
     @property
     def num_generated(self) -> int:

@@ -19,11 +19,19 @@ class Chunk:
     sequence: Sequence
     start: int
     num_tokens: int
+    draft: tuple[int, ...] = ()
+    """Guesses of the tokens after the sequence's last, computed in the chunk's last rows and kept while right."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens of the chunk's rows."""
+        known = self.sequence.token_ids[self.start : self.start + self.num_tokens]
+        return [*known, *self.draft] if self.draft else known
 
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the sequence's last token, so that a next token is sampled."""
-        return self.start + self.num_tokens == len(self.sequence.token_ids)
+        return self.start + self.num_tokens - len(self.draft) == len(self.sequence.token_ids)
 
 
 @dataclass(slots=True, frozen=True)
@@ -39,10 +47,13 @@ class StepPlan:
 
 @dataclass(slots=True, frozen=True)
 class ChunkResult:
-    """`token_id` is None for a chunk that does not sample."""
+    """What a chunk gave."""
 
-    token_id: int | None
-    logprobs: TokenLogprobs | None = None
+    token_ids: list[int]
+    """The sampled tokens: none for a chunk that does not sample; else one, and one more for each guess in a row that
+    was what would have been sampled."""
+    logprobs: list[TokenLogprobs] | None = None
+    """Of each of them, when asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """The next entries of the prompt's list, to be appended: the chunk's rows give positions start+1 ..
     start+num_tokens (as far as the prompt goes), and a chunk that starts at 0 puts None for position 0 first.

@@ -76,10 +76,18 @@ def requests_of(
     sampling: SamplingParams,
     seed: int | None,
     adapter: AdapterRef | None,
+    *,
+    priority: int = 0,
+    cache_salt: str = "",
+    deadline_s: float | None = None,
 ) -> list[Generate]:
-    """One `Generate` per choice; with a seed, the choices of a prompt get seeds in a row."""
+    """One `Generate` per choice; with a seed, the choices of a prompt get seeds in a row.
+
+    The choices of a prompt follow the first, so that the prompt is computed once.
+    """
     requests: list[Generate] = []
     for prompt, limit in zip(prompts, max_tokens, strict=True):
+        first = f"{job_id}-{len(requests)}"
         for choice in range(n):
             own = msgspec.structs.replace(
                 sampling,
@@ -87,7 +95,18 @@ def requests_of(
                 min_tokens=min(sampling.min_tokens, limit),
                 seed=None if seed is None else (seed + choice) % 2**63,
             )
-            requests.append(Generate(f"{job_id}-{len(requests)}", prompt.token_ids, own, adapter))
+            requests.append(
+                Generate(
+                    f"{job_id}-{len(requests)}",
+                    prompt.token_ids,
+                    own,
+                    adapter,
+                    follows=first if choice else None,
+                    priority=priority,
+                    deadline_s=deadline_s,
+                    cache_salt=cache_salt,
+                )
+            )
     return requests
 
 

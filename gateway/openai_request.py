@@ -182,6 +182,8 @@ def _check_generation(fields: GenerationFields) -> None:
     _in_range("min_p", fields.min_p, 0, 1)
     _in_range("repetition_penalty", fields.repetition_penalty, 0.01, 10)
     _in_range("min_tokens", fields.min_tokens, 0, 2**31 - 1)
+    _in_range("deadline_s", fields.deadline_s, 0.001, 86_400)
+    _in_range("priority", fields.priority, -(2**31), 2**31 - 1)
     _in_range("seed", fields.seed, -(2**63), 2**63 - 1)
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequestError(

@@ -37,6 +37,11 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    # Our own
+    deadline_s: float | None = None
+    """Give up, with status 504, what is not finished so many seconds after it arrived."""
 
 
 class ChatFields(GenerationFields, frozen=True, kw_only=True):

@@ -280,7 +280,16 @@ def _job(
     n = fields.n or 1
     sampling = sampling_of(fields, logprobs=logprobs, prompt_logprobs=logprobs if echo else None)
     requests = requests_of(
-        job_id, prompts, n, [max(1, limit) for limit in limits], sampling, fields.seed, adapter
+        job_id,
+        prompts,
+        n,
+        [max(1, limit) for limit in limits],
+        sampling,
+        fields.seed,
+        adapter,
+        priority=fields.priority or 0,
+        cache_salt=fields.cache_salt or "",
+        deadline_s=fields.deadline_s,
     )
     return Job(
         id=job_id,

@@ -42,6 +42,8 @@ class Driver:
             max_sequences=self.config.max_sequences,
             max_model_len=self.config.max_model_len,
             eos_token_ids=self.checkpoint.spec.eos_token_ids,
+            speculative_tokens=self.config.speculative_tokens,
+            speculative_ngram=self.config.speculative_ngram,
         )
         self.sequences: list[Sequence] = []
 

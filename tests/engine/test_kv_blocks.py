@@ -12,7 +12,7 @@ SIZE = 4
 
 def keys(pool: BlockPool, tokens: list[int], digest: str | None = None) -> list[bytes]:
     found: list[bytes] = []
-    pool.extend_keys(found, digest, tokens, len(tokens) // SIZE)
+    pool.extend_keys(found, (digest or "").encode(), tokens, len(tokens) // SIZE)
     return found
 
 

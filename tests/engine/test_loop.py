@@ -75,11 +75,19 @@ class World:
                 self.messages.put((key, message))
 
     def submit(
-        self, request_id: str, adapter: str | None = None, connection: int = 1, prompt=(5, 6, 7), **sampling
+        self,
+        request_id: str,
+        adapter: str | None = None,
+        connection: int = 1,
+        prompt=(5, 6, 7),
+        follows: str | None = None,
+        deadline_s: float | None = None,
+        **sampling,
     ):
         params = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, "ignore_eos": True, **sampling})
         ref = None if adapter is None else AdapterRef(adapter, adapter)
-        self.engine.submit(connection, Generate(request_id, list(prompt), params, ref))
+        request = Generate(request_id, list(prompt), params, ref, follows=follows, deadline_s=deadline_s)
+        self.engine.submit(connection, request)
 
     def wait(self, request_id: str, timeout_s: float = 5.0):
         """(tokens, how it ended) of one request; what others get meanwhile is put back."""
@@ -92,13 +100,15 @@ class World:
                         return tokens, message
                     others.append((key, message))
                     continue
+                ended = None
                 for output in message.outputs:
                     if output.request_id != request_id:
                         others.append((key, StepOutput([output])))
                         continue
                     tokens += output.token_ids
-                    if output.finish_reason is not None:
-                        return tokens, output.finish_reason
+                    ended = output.finish_reason
+                if ended is not None:
+                    return tokens, ended
         finally:
             for entry in others:
                 self.messages.put(entry)
@@ -210,6 +220,58 @@ def test_a_lost_connection_frees_its_requests_and_no_others():
     world.engine.stop()
 
 
+def test_an_expired_request_is_answered_and_nothing_more_is_computed_for_it():
+    world = World(FakeRunner(64, 16, step_s=0.01))
+    world.submit("late", deadline_s=0.1, max_tokens=400)
+    tokens, ending = world.wait("late")
+    assert ending.code is RejectCode.EXPIRED and "0.1 s" in ending.message
+    assert 0 < len(tokens) < 40
+    world.submit("never begun", "slow", deadline_s=0.1)
+    assert world.wait("never begun")[1].code is RejectCode.EXPIRED
+    assert world.is_idle()
+    world.submit("in time", deadline_s=30.0)
+    assert world.wait("in time")[1] is FinishReason.LENGTH
+    world.adapters.release.set()
+    world.engine.stop()
+
+
+def test_a_queue_full_of_tokens_says_when_to_come_again():
+    world = World(FakeRunner(64, 16, step_s=0.02), max_sequences=1, max_waiting_tokens=100)
+    world.submit("running", max_tokens=300)
+    world.messages.get(timeout=5)
+    world.submit("large", prompt=(5,) * 300)
+    world.submit("small")
+    _, ending = world.wait("small")
+    assert ending.code is RejectCode.OVERLOADED and "300 prompt tokens wait" in ending.message
+    assert 1 <= ending.retry_after_s <= 60
+    world.engine.abort(1, "running")
+    assert world.wait("large")[1] is FinishReason.LENGTH
+    world.engine.stop()
+
+
+def test_choices_follow_the_first_of_the_same_connection_and_prompt(world):
+    prompt = tuple(range(5, 55))
+    world.submit("a", prompt=prompt)
+    world.submit("b", prompt=prompt, follows="a")
+    world.submit("c", prompt=(9, 9, 9), follows="a")
+    world.submit("d", prompt=prompt, follows="nobody")
+    assert {world.wait(name)[1] for name in "abcd"} == {FinishReason.LENGTH}
+    assert world.is_idle()
+
+
+def test_a_flood_of_one_adapter_does_not_hold_up_another():
+    world = World(FakeRunner(256, 16, step_s=0.005), max_sequences=8)
+    for index in range(100):
+        world.submit(f"flood {index}", "good", max_tokens=200)
+    world.submit("first", "other", max_tokens=1)  # now both adapters are resident
+    world.wait("first")
+    started = time.monotonic()
+    world.submit("lone", "other", max_tokens=1)
+    assert world.wait("lone")[1] is FinishReason.LENGTH
+    assert time.monotonic() - started < 0.5, "200 steps of the flood take a second"
+    world.engine.stop()
+
+
 @pytest.mark.parametrize(
     ("request_", "code", "part"),
     [
@@ -243,7 +305,7 @@ class Sampling(FakeRunner):
     def run(self, plan: StepPlan) -> StepResult:
         sequences = [chunk.sequence for chunk in plan.chunks]
         logits_SV = 5 * torch.randn(len(sequences), 1000, generator=torch.Generator().manual_seed(1))
-        return StepResult([ChunkResult(token) for token in sample(logits_SV, sequences, (2,))])
+        return StepResult([ChunkResult([token]) for token in sample(logits_SV, sequences, (2,))])
 
 
 @settings(max_examples=150, deadline=None)

@@ -147,6 +147,22 @@ def test_prompt_logprobs_equal_transformers(family):
         assert found.logprob == pytest.approx(float(logprobs[position - 1, prompt[position]]), abs=2e-4)
 
 
+def test_guesses_by_prompt_lookup_change_nothing(family):
+    model, adapters = family
+    driver = Driver(model, adapters, speculative_tokens=4, speculative_ngram=1)
+    mixed(driver, model, adapters, count=30)
+    (prompt,) = prompts(11, 12)
+    repeating = driver.add(prompt * 4, "all", max_tokens=30)
+    sampled = driver.add(prompt * 4, None, max_tokens=30, temperature=1.0, seed=3, repetition_penalty=1.2)
+    driver.run()
+    assert 0 < driver.scheduler.num_accepted < driver.scheduler.num_proposed
+    assert driver.generated(repeating) == expected(model, adapters["all"], prompt * 4, 30)
+    plain = Driver(model)
+    twin = plain.add(prompt * 4, None, max_tokens=30, temperature=1.0, seed=3, repetition_penalty=1.2)
+    plain.run()
+    assert driver.generated(sampled) == plain.generated(twin)
+
+
 def test_the_real_model_with_real_adapters_in_one_batch(tmp_path):
     adapters = {path.name: path for path in sorted(REAL_ADAPTERS.iterdir()) if path.is_dir()}
     chosen = {name: adapters[name] for name in list(adapters)[:2]}
