@@ -28,7 +28,7 @@ class Bench:
         max_model_len=200,
         *,
         caching=True,
-        alphabet=range(100, 200),
+        alphabet: range | list[int] = range(100, 200),
         **options,
     ):
         self.pool = BlockPool(blocks, block_size, caching)
