@@ -5,13 +5,15 @@ An adapter is data from somebody else: everything is checked before anything is 
 
 import hashlib
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from engine.host_adapter import MAX_RANK, AdapterError, AdapterNotFoundError, HostAdapter
+from engine.merge import merge_adapters
 from engine.peft import largest_file, read_peft
 from engine.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from engine.protocol import AdapterRef
+from engine.protocol import AdapterPart, AdapterRef
 from engine.spec import ModelSpec
 
 PICKLE_FILE = "adapter_model.bin"
@@ -30,8 +32,15 @@ def adapter_version(uri: str) -> tuple[int, int, int, int]:
     return config.st_mtime_ns, config.st_size, weights.st_mtime_ns, weights.st_size
 
 
+def version_of(ref: AdapterRef) -> Hashable:
+    """The same for a reference: of its parts, where it is a sum."""
+    return tuple(version_of(part.ref) for part in ref.parts) or adapter_version(ref.uri)
+
+
 def read_adapter(ref: AdapterRef, spec: ModelSpec) -> HostAdapter:
-    """Read and check the adapter at `ref.uri` for a base of this spec. Raises `AdapterError`."""
+    """Read and check the adapter at `ref.uri`, or merge its parts, for a base of this spec. Raises `AdapterError`."""
+    if ref.parts:
+        return merge_adapters([(part.ref.name, _read_part(part, spec), part.weight) for part in ref.parts])
     *_, num_bytes = adapter_version(ref.uri)
     directory = _directory(ref.uri)
     config = PeftConfig(_contents(directory / CONFIG_FILE))
@@ -45,6 +54,13 @@ def read_adapter(ref: AdapterRef, spec: ModelSpec) -> HostAdapter:
     if ref.sha256 is not None and sha256 != ref.sha256.lower():
         raise AdapterError(f"{WEIGHTS_FILE}: its sha256 is {sha256}, the catalog says {ref.sha256}")
     return read_peft(config, weights, spec, ref.name.partition("/")[0])
+
+
+def _read_part(part: AdapterPart, spec: ModelSpec) -> HostAdapter:
+    try:
+        return read_adapter(part.ref, spec)
+    except AdapterError as error:
+        raise type(error)(f"{part.ref.name}: {error}") from error
 
 
 def _contents(path: Path) -> bytes:

@@ -185,16 +185,18 @@ def _ratio(magnitude: Tensor, lengths: Tensor, name: str) -> Tensor:
 
 def _check_base(weights: VocabularyWeights, base: BaseWeights, name: str) -> None:
     """Refuse an adapter that was saved with another matrix under it: another base, or a resized vocabulary."""
-    theirs = weights.base_lengths
-    if theirs is None:
+    if not weights.base_lengths:
         return
-    ours = [
-        torch.linalg.vector_norm(base.rows(None, name, start, min(start + _ROWS, len(theirs))), dim=1)
-        for start in range(0, len(theirs), _ROWS)
-    ]
-    difference = (torch.cat(ours) - theirs).abs().mean() / theirs.mean().clamp_min(1e-12)
-    if difference > _SAME_LENGTH:
-        raise AdapterError(f"{name}.base_layer.weight is not this base's: it was trained on another one")
+    num_rows = len(weights.base_lengths[0])
+    ours = torch.cat(
+        [
+            torch.linalg.vector_norm(base.rows(None, name, start, min(start + _ROWS, num_rows)), dim=1)
+            for start in range(0, num_rows, _ROWS)
+        ]
+    )
+    for theirs in weights.base_lengths:
+        if (ours - theirs).abs().mean() > _SAME_LENGTH * theirs.mean():
+            raise AdapterError(f"{name}.base_layer.weight is not this base's: it was trained on another one")
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

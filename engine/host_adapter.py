@@ -48,11 +48,11 @@ class VocabularyWeights:
     """[vocabulary, hidden]"""
     bias: Tensor | None = None
     """[vocabulary] in place of the head's."""
-    base_lengths: Tensor | None = None
-    """[vocabulary] lengths of the rows of the base's matrix, as the adapter was saved with it."""
+    base_lengths: tuple[Tensor, ...] = ()
+    """[vocabulary] lengths of the rows of the base's matrix, as the adapter was saved with it, if it was."""
 
     def tensors(self) -> list[Tensor]:
-        own = [tensor for tensor in (self.matrix, self.bias, self.base_lengths) if tensor is not None]
+        own = [tensor for tensor in (self.matrix, self.bias, *self.base_lengths) if tensor is not None]
         return own + (self.lora.tensors() if self.lora else [])
 
 

@@ -5,6 +5,7 @@ results come back through the same inbox as the requests.
 """
 
 import heapq
+import math
 import queue
 import random
 import threading
@@ -18,10 +19,10 @@ from typing import Any
 import msgspec
 import structlog
 
-from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, adapter_version
+from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, version_of
 from engine.config import EngineConfig
 from engine.kv_blocks import BlockPool
-from engine.metrics import UNKNOWN_ADAPTER, EngineMetrics
+from engine.metrics import MERGED_ADAPTER, UNKNOWN_ADAPTER, EngineMetrics
 from engine.protocol import (
     AdapterRef,
     EngineStatus,
@@ -78,7 +79,7 @@ class EngineLoop:
         read_adapter: Callable[[AdapterRef], HostAdapter],
         device_bytes: Callable[[HostAdapter], int],
         metrics: EngineMetrics | None = None,
-        version_of: Callable[[AdapterRef], Hashable] = lambda ref: adapter_version(ref.uri),
+        version_of: Callable[[AdapterRef], Hashable] = version_of,
         clock: Callable[[], float] = time.monotonic,
         on_crash: Callable[[], None] = lambda: None,
     ) -> None:
@@ -318,6 +319,9 @@ class EngineLoop:
                 f"This model's maximum context length is {limit} tokens, however the prompt has {length} tokens "
                 "and at least one must be left for the answer. Shorten the prompt.",
             )
+        parts = request.adapter.parts if request.adapter else ()
+        if not all(math.isfinite(part.weight) for part in parts):
+            return refuse(RejectCode.INVALID, "The weights of merged adapters must be finite.")
         ids = [*request.prompt, *sampling.logit_bias, *sampling.stop_token_ids]
         if min(ids) < 0 or max(ids) >= limits.vocab_size:
             return refuse(RejectCode.INVALID, f"Token ids must lie between 0 and {limits.vocab_size - 1}.")
@@ -534,10 +538,15 @@ def _with_computable_top_p(request: Generate) -> Generate:
 
 
 def _adapter_label(sequence: Sequence) -> str:
-    return sequence.request.adapter.name if sequence.request.adapter else ""
+    adapter = sequence.request.adapter
+    if adapter is None:
+        return ""
+    return MERGED_ADAPTER if adapter.parts else adapter.name
 
 
 def _explain(ref: AdapterRef, error: AdapterError) -> str:
     """The reason for people who use the API: which file, but not where this machine keeps it."""
-    directory = ref.uri.removeprefix("file://").rstrip("/")
-    return f"The adapter {ref.name!r} cannot be used: {str(error).replace(directory + '/', '')}"
+    reason = str(error)
+    for each in [part.ref for part in ref.parts] or [ref]:
+        reason = reason.replace(each.uri.removeprefix("file://").rstrip("/") + "/", "")
+    return f"The adapter {ref.name!r} cannot be used: {reason}"

@@ -6,6 +6,8 @@ STEP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 LATENCY_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 UNKNOWN_ADAPTER = "(unknown)"
 """The adapter label of requests refused before anything was found under the name they gave."""
+MERGED_ADAPTER = "(merged)"
+"""That of all weighted sums: every request can invent one."""
 
 
 class EngineMetrics:

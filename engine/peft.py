@@ -59,7 +59,7 @@ def read_peft(config: PeftConfig, weights: bytes, spec: ModelSpec, served: str) 
     tensors = [tensor for lora in loras for tensor in lora.tensors()] + list(biases.values())
     for end in (embedding, head):
         if end is not None:
-            tensors += [tensor for tensor in (end.matrix, end.bias, end.base_lengths) if tensor is not None]
+            tensors += [tensor for tensor in (end.matrix, end.bias, *end.base_lengths) if tensor is not None]
     return HostAdapter(
         digest=hashlib.sha256(f"{canonical} {hashlib.sha256(weights).hexdigest()}".encode()).hexdigest(),
         modules=modules,
@@ -154,7 +154,7 @@ class _Parts:
             lora=lora,
             matrix=self._optional(path, "weight", shape),
             bias=self._optional(path, "bias", (rows,)),
-            base_lengths=None if base is None else row_lengths(base),
+            base_lengths=() if base is None else (row_lengths(base),),
         )
 
     def _place(self, name: str) -> tuple[str, str]:

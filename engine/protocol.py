@@ -29,6 +29,15 @@ class AdapterRef(msgspec.Struct, frozen=True):
     """A local directory in PEFT format (a path, or `file://`)."""
     sha256: str | None = None
     """When given, the digest of `adapter_model.safetensors`; anything else is refused."""
+    parts: tuple["AdapterPart", ...] = ()
+    """When given, the adapter is the weighted sum of these, and `uri` is empty."""
+
+
+class AdapterPart(msgspec.Struct, frozen=True):
+    """One adapter of a weighted sum."""
+
+    ref: AdapterRef
+    weight: float
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -18,6 +18,8 @@ MAX_PROMPTS = 1024
 MAX_SEQUENCES = 1024
 """Of one request: prompts times n."""
 MAX_STOP_TOKEN_IDS = 64
+MAX_MERGED_ADAPTERS = 8
+MAX_ADAPTER_WEIGHT = 100
 ANYTHING = object()
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -212,6 +214,14 @@ def _check_generation(fields: GenerationFields) -> None:
         )
     for token in fields.stop_token_ids or []:
         _in_range("stop_token_ids", token, 0, 2**31 - 1)
+    if fields.adapters is not None and not 1 <= len(fields.adapters) <= MAX_MERGED_ADAPTERS:
+        raise InvalidRequestError(
+            f"Invalid 'adapters': from 1 to {MAX_MERGED_ADAPTERS} can be merged, got {len(fields.adapters)}.",
+            param="adapters",
+            code="array_above_max_length" if fields.adapters else "empty_array",
+        )
+    for index, adapter in enumerate(fields.adapters or []):
+        _in_range(f"adapters[{index}].weight", adapter.weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT)
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:

@@ -15,6 +15,14 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """Accepted and without effect: padding against eavesdroppers of packet sizes."""
 
 
+class WeightedAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One adapter of a merge."""
+
+    name: str
+    """`<base>/<task>` or `<task>`."""
+    weight: float = 1.0
+
+
 class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     """What chat and completions have in common. None is OpenAI's default."""
 
@@ -42,6 +50,8 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     # Our own
     deadline_s: float | None = None
     """Give up, with status 504, what is not finished so many seconds after it arrived."""
+    adapters: list[WeightedAdapter] | None = None
+    """Merged for this request: the weighted sum of what they add to `model`, a base."""
 
 
 class ChatFields(GenerationFields, frozen=True, kw_only=True):

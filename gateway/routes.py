@@ -46,6 +46,7 @@ from gateway.openai_schema import (
     Text,
     TokenizeFields,
     Tokens,
+    WeightedAdapter,
 )
 from gateway.served_model import ModelText, ServedModel, ServedModels
 from gateway.sse import EventStream
@@ -96,7 +97,7 @@ async def chat_completions(request: Request) -> ASGIApp:
     """OpenAI's chat."""
     fields = decode(await request.body(), ChatFields)
     messages = check_chat(fields)
-    model, adapter = _find(request, fields.model)
+    model, adapter = _find(request, fields.model, fields.adapters)
     text = model.text
     check_token_ids(fields, text.facts.vocab_size)
 
@@ -117,7 +118,7 @@ async def completions(request: Request) -> ASGIApp:
     """OpenAI's legacy completions."""
     fields = decode(await request.body(), CompletionFields)
     given = check_completion(fields)
-    model, adapter = _find(request, fields.model)
+    model, adapter = _find(request, fields.model, fields.adapters)
     text = model.text
     check_token_ids(fields, text.facts.vocab_size)
 
@@ -313,8 +314,12 @@ def _models(request: Request) -> ServedModels:
     return request.app.state.models
 
 
-def _find(request: Request, model_id: str) -> tuple[ServedModel, AdapterRef | None]:
+def _find(
+    request: Request, model_id: str, merged: list[WeightedAdapter] | None = None
+) -> tuple[ServedModel, AdapterRef | None]:
     model, adapter = _models(request).find(model_id)
+    if merged:
+        adapter = model.merged(model_id, merged)
     record_of(request.scope).model = model_id
     return model, adapter
 

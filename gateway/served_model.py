@@ -6,13 +6,13 @@ from typing import Any
 
 import aiohttp
 
-from engine.protocol import AdapterRef, ModelFacts
+from engine.protocol import AdapterPart, AdapterRef, ModelFacts
 from gateway.catalog import Catalog, ListedAdapter
 from gateway.chat_template import ChatTemplate, ChatTemplateError, read_chat_template
 from gateway.config import GatewayConfig, ModelConfig
 from gateway.engine_client import RETRY_AFTER_S, EngineClient, EngineFilesError
 from gateway.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
-from gateway.openai_schema import Model
+from gateway.openai_schema import Model, WeightedAdapter
 from gateway.tokenizer import Tokenizer, TokenizerError
 
 
@@ -59,6 +59,27 @@ class ServedModel:
                 f"The engine of {self.name!r} is not ready yet.", retry_after_s=RETRY_AFTER_S
             )
         return self._text
+
+    def merged(self, model_id: str, adapters: list[WeightedAdapter]) -> AdapterRef:
+        """The weighted sum of adapters of this base.
+
+        Raises:
+            InvalidRequestError: `model_id` is not the base itself.
+            ModelNotFoundError: there is no such adapter.
+        """
+        if model_id != self.name:
+            raise InvalidRequestError(
+                f"'adapters' are merged on a base: give 'model' as '{self.name}' and name every adapter in 'adapters'.",
+                param="model",
+            )
+        parts: list[AdapterPart] = []
+        for index, adapter in enumerate(adapters):
+            ref = self.catalog.find(adapter.name.removeprefix(f"{self.name}/"))
+            if ref is None:
+                raise unknown_model(adapter.name, f"adapters[{index}].name")
+            parts.append(AdapterPart(ref, adapter.weight))
+        tasks = "+".join(f"{part.weight:g}*{part.ref.name.rpartition('/')[2]}" for part in parts)
+        return AdapterRef(name=f"{self.name}/{tasks}", uri="", parts=tuple(parts))
 
     def card(self) -> Model:
         return Model(
@@ -138,8 +159,8 @@ class ServedModels:
         raise unknown_model(model_id)
 
 
-def unknown_model(model_id: str) -> ModelNotFoundError:
+def unknown_model(model_id: str, param: str = "model") -> ModelNotFoundError:
     name = model_id.encode(errors="replace").decode()[:200]
     return ModelNotFoundError(
-        f"The model '{name}' does not exist. GET /v1/models lists the models there are.", param="model"
+        f"The model '{name}' does not exist. GET /v1/models lists the models there are.", param=param
     )

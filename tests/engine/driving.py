@@ -1,6 +1,6 @@
 """Runs requests through scheduler and runner on the test's own thread, step by step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from engine.adapter import read_adapter
@@ -17,7 +17,9 @@ from engine.step import StepPlan
 class Driver:
     """One engine without threads: add requests, step, look at everything."""
 
-    def __init__(self, model: str | Path, adapters: dict[str, Path] | None = None, **config) -> None:
+    def __init__(
+        self, model: str | Path, adapters: Mapping[str, Path | AdapterRef] | None = None, **config
+    ) -> None:
         values = {
             "model": str(model),
             "name": "tiny",
@@ -32,7 +34,8 @@ class Driver:
         self.runner = ModelRunner(self.checkpoint, self.config)
         self.slots: dict[str, tuple[int, str]] = {}
         for slot, (name, path) in enumerate((adapters or {}).items()):
-            adapter = read_adapter(AdapterRef(name, str(path)), self.checkpoint.spec)
+            ref = path if isinstance(path, AdapterRef) else AdapterRef(name, str(path))
+            adapter = read_adapter(ref, self.checkpoint.spec)
             self.runner.install_adapter(slot, self.runner.prepare_adapter(adapter))
             self.slots[name] = slot, adapter.digest
         self.pool = BlockPool(pool_blocks or self.runner.num_blocks, self.runner.block_size)
