@@ -1,5 +1,6 @@
 """A weighted sum of adapters is PEFT's `cat`, token for token; what cannot be summed is refused."""
 
+import itertools
 import os
 import queue
 from functools import partial
@@ -134,11 +135,16 @@ def test_a_sum_is_loaded_through_the_loop_like_any_adapter(tiny, tmp_path):
     messages: queue.Queue = queue.Queue()
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+
+    def deliver(outbox) -> None:
+        for message in itertools.chain(*outbox.values()):
+            messages.put(message)
+
     engine = EngineLoop(
         driver.runner,
         driver.config,
         ModelLimits(spec.vocab_size, 512, spec.eos_token_ids),
-        lambda outbox: [messages.put(message) for found in outbox.values() for message in found],
+        deliver,
         read_adapter=partial(read_adapter, spec=spec),
         device_bytes=lambda adapter: adapter.device_bytes(4),
     )
