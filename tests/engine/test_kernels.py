@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.batch import Batch
 from engine.checkpoint import open_checkpoint
@@ -16,6 +18,9 @@ from tests.engine.tiny import write_tiny_model
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
+ANY_DTYPE = st.sampled_from(DTYPES)
+ANY_WIDTH = st.one_of(st.integers(1, 100), st.sampled_from([128, 257, 576, 2100]))
+ugly = settings(max_examples=80, deadline=None, derandomize=True)
 
 
 def native(dtype: torch.dtype) -> NativeKernels:
@@ -225,3 +230,101 @@ def test_a_recorded_step_writes_to_the_pages_it_is_given(tmp_path):
         pages.append(torch.stack([keys for keys, _ in kv_cache]))
     assert pages[0].any()
     assert torch.equal(pages[0], pages[1])
+
+
+@ugly
+@given(ANY_DTYPE, st.integers(0, 40), ANY_WIDTH, ANY_WIDTH, st.booleans(), st.data())
+def test_rows_of_any_product_depend_on_themselves_alone(dtype, rows, inputs, outputs, biased, data):
+    torch.manual_seed(0)
+    ours, twin = native(dtype), ReferenceKernels()
+    weight, x = torch.randn(outputs, inputs).to(dtype) / inputs**0.5, torch.randn(rows, inputs).to(dtype)
+    bias = torch.randn(outputs).to(dtype) if biased else None
+    packed = ours.pack_linear(weight, bias)
+    found = ours.linear(x, packed)
+    close(found, twin.linear(x, twin.pack_linear(weight, bias)), dtype)
+    if rows:
+        start = data.draw(st.integers(0, rows - 1))
+        stop = data.draw(st.integers(start + 1, rows))
+        assert torch.equal(ours.linear(x[start:stop].clone(), packed), found[start:stop])
+
+
+@ugly
+@given(
+    ANY_DTYPE,
+    st.lists(st.tuples(st.integers(0, 80), st.integers(1, 40)), min_size=1, max_size=5),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 3, 4, 6, 7, 13]),
+    st.sampled_from([16, 48, 64, 80, 256]),
+    st.sampled_from([None, 1, 2, 15, 16, 17, 50]),
+    st.data(),
+)
+def test_attention_sees_no_page_it_should_not_and_rows_depend_on_themselves_alone(
+    dtype, lengths, kv_heads, group, dim, window, data
+):
+    torch.manual_seed(0)
+    ours, twin, heads = native(dtype), ReferenceKernels(), kv_heads * group
+    blocks = sum(-(-(before + new) // BLOCK) for before, new in lengths)
+    batch = make_batch(lengths, blocks)
+    # What no sequence wrote is not a number.
+    k_cache = torch.full((blocks, kv_heads, dim, BLOCK), torch.nan, dtype=dtype)
+    v_cache = torch.full((blocks, kv_heads, BLOCK, dim), torch.nan, dtype=dtype)
+    for table, context in zip(batch.tables.long(), batch.context.tolist(), strict=True):
+        position = torch.arange(context)
+        k_cache[table[position // BLOCK], :, :, position % BLOCK] = torch.randn(context, kv_heads, dim).to(
+            dtype
+        )
+        v_cache[table[position // BLOCK], :, position % BLOCK] = torch.randn(context, kv_heads, dim).to(dtype)
+    qkv = torch.randn(len(batch.positions), (heads + 2 * kv_heads) * dim).to(dtype)
+    found = ours.attention(qkv, batch, k_cache, v_cache, heads, window)
+    close(found, twin.attention(qkv, batch, k_cache, v_cache, heads, window), dtype)
+    index = data.draw(st.integers(0, len(lengths) - 1))
+    starts = batch.query_start.tolist()
+    start = data.draw(st.integers(starts[index], starts[index + 1] - 1))
+    stop = data.draw(st.integers(start + 1, starts[index + 1]))
+    context = batch.positions.tolist()[stop - 1] + 1
+    part = replace(
+        batch,
+        positions=batch.positions[start:stop],
+        kv_slots=batch.kv_slots[start:stop],
+        query_start=torch.tensor([0, stop - start], dtype=torch.int32),
+        context=torch.tensor([context], dtype=torch.int32),
+        tables=batch.tables[index : index + 1].clone(),
+        max_context=context,
+    )
+    alone = ours.attention(qkv[start:stop].clone(), part, k_cache, v_cache, heads, window)
+    assert torch.equal(alone, found[start:stop])
+
+
+@ugly
+@given(
+    ANY_DTYPE,
+    ANY_WIDTH,
+    st.tuples(ANY_WIDTH, ANY_WIDTH),
+    st.lists(st.tuples(*[st.sampled_from([0, 1, 3, 4, 5, 8, 33, 64, 1024])] * 2), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=4),
+    st.booleans(),
+    st.data(),
+)
+def test_rows_with_any_adapter_depend_on_themselves_alone(dtype, inputs, sizes, ranks, runs, tuned, data):
+    torch.manual_seed(0)
+    ours, twin = native(dtype), ReferenceKernels()
+    group = lora_group(dtype, [list(row) for row in ranks], list(sizes), inputs, [(0, 1)] if tuned else ())
+    segments, row = [], 1
+    for slot, count in runs:
+        segments.append((slot % len(ranks), row, row + count))
+        row += count + slot % 2
+    batch = make_batch([(0, row)], -(-row // BLOCK), segments)
+    x, y = torch.randn(row, inputs).to(dtype) / inputs**0.5, torch.randn(row, sum(sizes)).to(dtype)
+    mine, his = y.clone(), y.clone()
+    ours.lora(x, mine, batch, group)
+    twin.lora(x, his, batch, group)
+    close(mine, his, dtype)
+    for slot, first, end in segments:
+        if first < end:
+            start = data.draw(st.integers(first, end - 1))
+            stop = data.draw(st.integers(start + 1, end))
+            count = stop - start
+            alone = y[start:stop].clone()
+            part = make_batch([(0, count)], -(-count // BLOCK), [(slot, 0, count)])
+            ours.lora(x[start:stop].clone(), alone, part, group)
+            assert torch.equal(alone, mine[start:stop])
