@@ -164,6 +164,8 @@ class _Parts:
         path = match["path"]
         if path not in (EMBEDDING, HEAD):
             linear = _LINEAR_PATH.fullmatch(path)
+            if linear is None and match["bias"] is not None:
+                raise AdapterError(f"{WEIGHTS_FILE}: {name}: trained biases are served on linears only")
             if linear is None or LINEAR_BLOCKS.get(linear[3]) != linear[2]:
                 raise AdapterError(
                     f"{WEIGHTS_FILE}: {name} is not a LoRA weight of a projection of this base"

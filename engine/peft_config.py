@@ -6,7 +6,7 @@ Knows no tensors, and of the base only the paths of its modules ("model.layers.0
 import json
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from engine.host_adapter import MAX_RANK, AdapterError
@@ -60,33 +60,32 @@ class PeftConfig:
         """
         values = self._values
         targets, excluded = values["target_modules"], values.get("exclude_modules")
-        everything = [path for layer in linears for path in layer]
         if targets == "all-linear":
-            targets = everything
+            targets = [path for paths in linears for path in paths]
         if isinstance(targets, str) or excluded:
             return
-        layers = values.get("layers_to_transform")
-        layers = [layers] if isinstance(layers, int) else layers
-        chosen = [
-            path for layer, paths in enumerate(linears) if layers is None or layer in layers for path in paths
-        ]
-        if layers is None:
-            chosen += [EMBEDDING, HEAD]
+        named = tuple(f".{target}" for target in targets)
         for path in found:
             if path in (EMBEDDING, HEAD) and self.ties and tied:
                 continue  # PEFT adapts both, and names the embedding only
-            if not any(f".{path}".endswith(f".{target}") for target in targets):
+            if not f".{path}".endswith(named):
                 name = path.split(".")[-1]
                 raise self._error(f"target_modules does not name {name}, but {WEIGHTS_FILE} adapts it")
+        layers = values.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
+        chosen = [paths for layer, paths in enumerate(linears) if layers is None or layer in layers]
+        if layers is None:
+            chosen.append([EMBEDDING, HEAD])
+        every, expected = _by_ending([*linears, [EMBEDDING, HEAD]]), _by_ending(chosen)
         for target in sorted(targets):
-            if not any(f".{path}".endswith(f".{target}") for path in (*everything, EMBEDDING, HEAD)):
+            if target not in every:
                 raise self._error(f"target_modules names {target!r}, which this base does not have")
-            expected = [path for path in chosen if f".{path}".endswith(f".{target}")]
-            absent = [path for path in expected if path not in found]
+            wanted = expected.get(target, [])
+            absent = [path for path in wanted if path not in found]
             if absent:
                 raise self._error(
                     f"target_modules names {target!r}, but {WEIGHTS_FILE} has nothing for {len(absent)} of the base's "
-                    f"{len(expected)}, first {absent[0]}; the adapter's config names the base {self.base!r}"
+                    f"{len(wanted)}, first {absent[0]}; the adapter's config names the base {self.base!r}"
                 )
 
     def _refuse_unsupported(self) -> None:
@@ -185,3 +184,13 @@ _MUST_BE_OFF = (
 
 def _is_list_of_names(values: object) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _by_ending(groups: Iterable[Sequence[str]]) -> dict[str, list[str]]:
+    """Every name that means a module by PEFT's rule (the path, or its end after a dot) -> the paths it means."""
+    found: dict[str, list[str]] = {}
+    for path in (path for group in groups for path in group):
+        parts = path.split(".")
+        for start in range(len(parts)):
+            found.setdefault(".".join(parts[start:]), []).append(path)
+    return found

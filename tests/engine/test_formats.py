@@ -49,6 +49,7 @@ FORMATS: dict[str, dict[str, Any]] = {
         "ensure_weight_tying": True,
     },
     "rank_256": {"rank": 256, "targets": ["q_proj", "gate_proj"], "alpha": 64},
+    "rank_1024": {"rank": 1024, "targets": ["o_proj"], "alpha": 64},
 }
 BASES = {"untied": "llama", "tied, with biases": "qwen2"}
 
@@ -125,6 +126,20 @@ def test_the_base_beside_adapters_that_change_embedding_and_head_is_the_base(bas
         progress = driver.run()
         answers.append([made.logprobs for made in progress if made.sequence is asked])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", ["ends_dora", "replaced", "bias_all"])
+def test_a_row_with_any_format_does_not_depend_on_its_company(base, name):
+    model, adapters = base
+    answers = []
+    for companions in ((), (None, "dora", name, "replaced_head")):
+        driver = Driver(model, adapters, dtype="bfloat16")
+        (prompt,) = prompts(7, 21)
+        for companion in companions:
+            driver.add(prompt[:9], companion, max_tokens=8)
+        asked = driver.add(prompt, name, max_tokens=8, logprobs=5)
+        answers.append([made.logprobs for made in driver.run() if made.sequence is asked])
+    assert answers[0] == answers[1] and len(answers[0]) == 8
 
 
 def test_a_slot_is_empty_after_any_format(base):
@@ -205,7 +220,12 @@ HEAD = "base_model.model.lm_head"
         ("plain", {f"{Q0}.weight": (64, 64)}, {}, "q_proj has a weight"),
         ("plain", {f"{Q0}.lora_A.default.weight": (8, 64)}, {}, "stored twice, under two names"),
         ("bias_lora_only", {f"{Q0}.bias": 64}, {}, "q_proj has a bias"),
-        ("bias_all", {"base_model.model.model.norm.bias": 64}, {}, "norm.bias is not a LoRA weight"),
+        (
+            "bias_all",
+            {"base_model.model.model.norm.bias": 64},
+            {},
+            r"norm\.bias: trained biases are served on linears only",
+        ),
         ("bias_all", {f"{Q0}.base_layer.bias": 65}, {}, r"q_proj.bias has shape \[65\], expected \[64\]"),
         ("plain", {f"{Q0}.lora_C": 64}, {}, "lora_C is nothing that a LoRA adapter"),
         ("ends", {f"{HEAD}.weight": (384, 64)}, {"modules_to_save": ["lm_head"]}, "lm_head has a weight"),
