@@ -224,7 +224,7 @@ HEAD = "base_model.model.lm_head"
             "bias_all",
             {"base_model.model.model.norm.bias": 64},
             {},
-            r"norm\.bias: trained biases are served on linears only",
+            r"norm\.bias: trained biases are served on",
         ),
         ("bias_all", {f"{Q0}.base_layer.bias": 65}, {}, r"q_proj.bias has shape \[65\], expected \[64\]"),
         ("plain", {f"{Q0}.lora_C": 64}, {}, "lora_C is nothing that a LoRA adapter"),
