@@ -13,24 +13,22 @@ from engine.device_adapter import DeviceAdapter, DeviceVocabulary
 from engine.kernels.reference import LoraGroup
 from engine.spec import ModelSpec
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-
 
 class LoraSlots:
     """Which adapter is in which slot, as tables the kernels read; changed only between steps."""
 
     def __init__(self, spec: ModelSpec, slots: int) -> None:
         self._adapters: list[DeviceAdapter | None] = [None] * slots
-        self._layers = spec.num_layers
+        self._members = spec.groups
+        self._place = {
+            module: (group, index)
+            for group, members in spec.groups.items()
+            for index, module in enumerate(members)
+        }
         self._tables: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
         self._touched: list[frozenset[str]] = [frozenset()] * slots
         self.groups: dict[str, list[LoraGroup]] = {}
-        for name, members in GROUPS.items():
+        for name, members in spec.groups.items():
             sizes = [spec.linear_shape(member)[0] for member in members]
             shape = (spec.num_layers, slots, len(members))
             a, b, affine, ranks = (np.zeros(shape, kind) for kind in (np.int64, np.int64, np.int64, np.int32))
@@ -54,9 +52,9 @@ class LoraSlots:
         if self._adapters[slot] is not None:
             raise ValueError(f"slot {slot} is taken")
         self._adapters[slot] = adapter
-        self._touched[slot] = frozenset(_PLACE[module][0] for _, module in adapter.modules)
+        self._touched[slot] = frozenset(self._place[module][0] for _, module in adapter.modules)
         for (layer, module), entry in adapter.modules.items():
-            group, index = _PLACE[module]
+            group, index = self._place[module]
             a_table, b_table, affine_table, ranks = self._tables[group]
             if entry.a is not None and entry.b is not None:
                 a_table[layer, slot, index], b_table[layer, slot, index] = (
@@ -71,7 +69,7 @@ class LoraSlots:
     def remove(self, slot: int) -> None:
         """Empty a slot; the adapter's memory is free once nobody else holds it."""
         self._adapters[slot], self._touched[slot] = None, frozenset()
-        for name, members in GROUPS.items():
+        for name, members in self._members.items():
             for table in self._tables[name]:
                 table[:, slot] = 0
             for group in self.groups[name]:
@@ -91,6 +89,3 @@ class LoraSlots:
 
     def _held(self, slots: Collection[int | None]) -> dict[int, DeviceAdapter]:
         return {slot: held for slot in slots if slot is not None and (held := self._adapters[slot])}
-
-
-_PLACE = {module: (group, index) for group, members in GROUPS.items() for index, module in enumerate(members)}

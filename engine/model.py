@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.checkpoint import Checkpoint
 from engine.kernels.reference import BLOCK, Linear, ReferenceKernels
-from engine.lora import GROUPS, LoraSlots
+from engine.lora import LoraSlots
 from engine.spec import ModelSpec
 from engine.vocabulary import embed, logits
 
@@ -28,13 +28,27 @@ KvCache = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """float32 [H]"""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    """Of a LayerNorm; an RMSNorm has none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
-    input_norm: Tensor
     qkv: Linear
     o: Linear
-    post_norm: Tensor
     gate_up: Linear
     down: Linear
+    norms: dict[str, Norm]
+    """As `ModelSpec.layer_norms` names them."""
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    window: int | None
+    cosine: Tensor
+    sine: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,8 @@ class Workspace:
     attended: Tensor
     delta: Tensor
     """[T, H] what a block adds to the residual."""
+    beside: Tensor
+    """[T, H] the same of a block that is computed in parallel."""
     gate_up: Tensor
     hidden: Tensor
     """[T, intermediate]"""
@@ -62,7 +78,8 @@ class Workspace:
             qkv=torch.empty(rows, queries + 2 * keys, dtype=dtype),
             attended=torch.empty(rows, queries, dtype=dtype),
             delta=torch.empty(rows, spec.hidden_size, dtype=dtype),
-            gate_up=torch.empty(rows, 2 * spec.intermediate_size, dtype=dtype),
+            beside=torch.empty(rows, spec.hidden_size if spec.parallel_blocks else 0, dtype=dtype),
+            gate_up=torch.empty(rows, (1 + spec.gated) * spec.intermediate_size, dtype=dtype),
             hidden=torch.empty(rows, spec.intermediate_size, dtype=dtype),
         )
 
@@ -88,43 +105,64 @@ class Decoder:
         self.spec = checkpoint.spec
         self.dtype = dtype
         self.kernels = kernels
-        self._cosine, self._sine = rope_tables(self.spec, max_positions)
+        everywhere = rope_tables(self.spec, max_positions)
+        local = everywhere
+        if self.spec.local_rope_theta is not None:
+            local = rope_tables(self.spec, max_positions, self.spec.local_rope_theta)
         self._layers: list[Layer] = []
         for index in range(self.spec.num_layers):
-            self._layers.append(self._load_layer(checkpoint, index))
+            tables = everywhere if self.spec.windows[index] is None else local
+            self._layers.append(self._load_layer(checkpoint, index, *tables))
             progress(index + 1, self.spec.num_layers)
         self._workspace = Workspace.allocate(self.spec, 0, dtype)
         self._recorded: dict[tuple[int, frozenset[str]], Callable[[Batch], None]] = {}
         self._recorded_for: tuple[KvCache, LoraSlots] | None = None
         """Whose addresses the recorded steps hold; kept, so that none is given to another tensor."""
-        self._norm = checkpoint.tensor("model.norm.weight", torch.float32)
+        # As the model does: rounded to the dtype it computes in.
+        self._embedding_scale = torch.tensor(self.spec.embedding_scale, dtype=dtype).item()
+        self._norm = self._load_norm(checkpoint, self.spec.final_norm)
         self._embedding = kernels.pack_linear(checkpoint.tensor("model.embed_tokens.weight", dtype), None)
         if self.spec.tie_word_embeddings:
             self._head = self._embedding
         else:
-            self._head = kernels.pack_linear(checkpoint.tensor("lm_head.weight", dtype), None)
+            bias = checkpoint.tensor("lm_head.bias", dtype) if self.spec.head_bias else None
+            self._head = kernels.pack_linear(checkpoint.tensor("lm_head.weight", dtype), bias)
 
-    def _load_layer(self, checkpoint: Checkpoint, index: int) -> Layer:
+    def _load_layer(self, checkpoint: Checkpoint, index: int, cosine: Tensor, sine: Tensor) -> Layer:
         prefix, spec = f"model.layers.{index}", self.spec
 
-        def fused(group: str, block: str, biased: bool) -> Linear:
-            names = [f"{prefix}.{block}.{member}" for member in GROUPS[group]]
+        def fused(group: str) -> Linear:
+            members = spec.groups[group]
+            names = [f"{prefix}.{spec.modules[member]}.{member}" for member in members]
             weight_NH = torch.cat([checkpoint.tensor(f"{name}.weight", self.dtype) for name in names])
-            bias_N = (
-                torch.cat([checkpoint.tensor(f"{name}.bias", self.dtype) for name in names])
-                if biased
-                else None
-            )
+            bias_N = None
+            if spec.has_bias(members[0]):
+                bias_N = torch.cat([checkpoint.tensor(f"{name}.bias", self.dtype) for name in names])
             return self.kernels.pack_linear(weight_NH, bias_N)
 
+        def head_norm(name: str) -> Tensor | None:
+            return self._load_norm(checkpoint, f"{prefix}.self_attn.{name}").weight if spec.qk_norm else None
+
         return Layer(
-            input_norm=checkpoint.tensor(f"{prefix}.input_layernorm.weight", torch.float32),
-            qkv=fused("qkv", "self_attn", spec.qkv_bias),
-            o=fused("o", "self_attn", spec.o_bias),
-            post_norm=checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight", torch.float32),
-            gate_up=fused("gate_up", "mlp", spec.mlp_bias),
-            down=fused("down", "mlp", spec.mlp_bias),
+            qkv=fused("qkv"),
+            o=fused("o"),
+            gate_up=fused("gate_up"),
+            down=fused("down"),
+            norms={
+                use: self._load_norm(checkpoint, f"{prefix}.{name}") for use, name in spec.layer_norms.items()
+            },
+            q_norm=head_norm("q_norm"),
+            k_norm=head_norm("k_norm"),
+            window=spec.windows[index],
+            cosine=cosine,
+            sine=sine,
         )
+
+    def _load_norm(self, checkpoint: Checkpoint, name: str) -> Norm:
+        weight = checkpoint.tensor(f"{name}.weight", torch.float32) + self.spec.norm_offset
+        if not self.spec.layer_norm:
+            return Norm(weight)
+        return Norm(weight, checkpoint.tensor(f"{name}.bias", torch.float32).clone())
 
     def new_kv_cache(self, num_blocks: int) -> KvCache:
         """Pages for every layer; their memory is only touched when written."""
@@ -149,6 +187,8 @@ class Decoder:
         work = self._workspace.first(rows)
         embeddings = lora.embeddings(batch.slots)
         work.residual.copy_(embed(self.kernels, self._embedding, self.dtype, batch, embeddings))
+        if self._embedding_scale != 1:
+            work.residual.mul_(self._embedding_scale)
         adapted = lora.active_groups(batch.slots)
         compute = self._recorded.get((rows, adapted))
         if compute is None:
@@ -162,7 +202,12 @@ class Decoder:
     def _compute_layers(
         self, work: Workspace, kv_cache: KvCache, lora: LoraSlots, adapted: frozenset[str], batch: Batch
     ) -> None:
-        ops, spec = self.kernels, self.spec
+        ops, spec, eps = self.kernels, self.spec, self.spec.norm_eps
+        heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        if spec.gated:
+            activate = ops.silu_mul if spec.activation == "silu" else ops.gelu_mul
+        else:
+            activate = ops.gelu
         delta_TH: Tensor | None = None
 
         def project(x: Tensor, linear: Linear, group: str, index: int, out: Tensor) -> Tensor:
@@ -171,22 +216,52 @@ class Decoder:
                 ops.lora(x, out, batch, lora.groups[group][index])
             return out
 
+        def add_norm(norm: Norm) -> None:
+            if norm.bias is None:
+                ops.add_rms_norm(work.residual, delta_TH, norm.weight, eps, work.x)
+            else:
+                ops.add_layer_norm(work.residual, delta_TH, norm.weight, norm.bias, eps, work.x)
+
         for index, layer in enumerate(self._layers):
             k_cache, v_cache = kv_cache[index]
-            ops.add_rms_norm(work.residual, delta_TH, layer.input_norm, spec.rms_norm_eps, work.x)
+            add_norm(layer.norms["input"])
             qkv_TN = project(work.x, layer.qkv, "qkv", index, work.qkv)
-            ops.rope_store(qkv_TN, batch, self._cosine, self._sine, k_cache, v_cache, spec.num_heads)
-            ops.attention(qkv_TN, batch, k_cache, v_cache, spec.num_heads, spec.sliding_window, work.attended)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                ops.rms_norm(qkv_TN, 0, heads, layer.q_norm, eps)
+                ops.rms_norm(qkv_TN, heads, kv_heads, layer.k_norm, eps)
+            ops.rope_store(qkv_TN, batch, layer.cosine, layer.sine, k_cache, v_cache, heads)
+            ops.attention(
+                qkv_TN,
+                batch,
+                k_cache,
+                v_cache,
+                heads,
+                layer.window,
+                work.attended,
+                scale=spec.attention_scale,
+                softcap=spec.attention_softcap,
+            )
             delta_TH = project(work.attended, layer.o, "o", index, work.delta)
-            ops.add_rms_norm(work.residual, delta_TH, layer.post_norm, spec.rms_norm_eps, work.x)
-            gate_up_TN = project(work.x, layer.gate_up, "gate_up", index, work.gate_up)
-            ops.silu_mul(gate_up_TN, work.hidden)
-            delta_TH = project(work.hidden, layer.down, "down", index, work.delta)
-        ops.add_rms_norm(work.residual, delta_TH, self._norm, spec.rms_norm_eps, work.x)
+            if spec.parallel_blocks:
+                attended_TH, out_TH = delta_TH, work.beside
+            else:
+                if spec.sandwich_norms:
+                    ops.rms_norm(delta_TH, 0, 1, layer.norms["attended"].weight, eps)
+                add_norm(layer.norms["mlp"])
+                attended_TH, out_TH = None, work.delta
+            hidden_TN = activate(project(work.x, layer.gate_up, "gate_up", index, work.gate_up), work.hidden)
+            delta_TH = project(hidden_TN, layer.down, "down", index, out_TH)
+            if spec.sandwich_norms:
+                ops.rms_norm(delta_TH, 0, 1, layer.norms["delta"].weight, eps)
+            if attended_TH is not None:
+                ops.add(delta_TH, attended_TH)
+        add_norm(self._norm)
 
     def logits(self, hidden_SH: Tensor, slots: Sequence[int | None], lora: LoraSlots) -> Tensor:
         """[S, H] -> float32 [S, vocabulary]; `slots`: each row's adapter."""
-        return logits(self.kernels, self._head, hidden_SH, slots, lora.heads(slots))
+        logits_SV = logits(self.kernels, self._head, hidden_SH, slots, lora.heads(slots))
+        cap = self.spec.logits_softcap
+        return logits_SV if cap is None else torch.tanh(logits_SV / cap) * cap
 
     def rows(self, layer: int | None, module: str, start: int, stop: int) -> Tensor:
         """Rows start .. stop of a weight [outputs, inputs] as it is computed with, float32."""
@@ -206,7 +281,7 @@ class Decoder:
         if layer is None:
             linear = self._embedding if module == "embed_tokens" else self._head
             return linear, 0, linear.num_outputs
-        for group, members in GROUPS.items():
+        for group, members in self.spec.groups.items():
             if module in members:
                 sizes = [self.spec.linear_shape(member)[0] for member in members]
                 index = members.index(module)
@@ -214,11 +289,16 @@ class Decoder:
         raise KeyError(module)
 
 
-def rope_tables(spec: ModelSpec, max_positions: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [P, D] of the rotary angles (Su et al. 2021), with linear or Llama-3 frequency scaling."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    frequencies = 1.0 / spec.rope_theta**exponents
-    scaling = spec.rope_scaling
+def rope_tables(
+    spec: ModelSpec, max_positions: int, local_theta: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [P, D] of the rotary angles (Su et al. 2021), with linear or Llama-3 frequency scaling.
+
+    With a `local_theta` those of layers that have a base of their own, and no scaling.
+    """
+    exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.int64).float() / spec.rotary_dim
+    frequencies = 1.0 / (local_theta or spec.rope_theta) ** exponents
+    scaling = None if local_theta else spec.rope_scaling
     if scaling is not None and scaling.kind == "linear":
         frequencies = frequencies / scaling.factor
     elif scaling is not None:

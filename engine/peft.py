@@ -15,12 +15,12 @@ from torch import Tensor
 
 from engine.host_adapter import MAX_RANK, AdapterError, HostAdapter, LoraWeights, VocabularyWeights
 from engine.peft_config import CONFIG_FILE, EMBEDDING, HEAD, WEIGHTS_FILE, PeftConfig
-from engine.spec import LINEAR_BLOCKS, ModelSpec
+from engine.spec import ModelSpec
 
 
 def largest_file(spec: ModelSpec) -> int:
     """Bytes that the weights of an adapter for this base cannot exceed."""
-    linears = sum(sum(spec.linear_shape(module)) for module in LINEAR_BLOCKS) * spec.num_layers * MAX_RANK
+    linears = sum(sum(spec.linear_shape(module)) for module in spec.modules) * spec.num_layers * MAX_RANK
     ends = 2 * (spec.vocab_size + spec.hidden_size) * MAX_RANK + 2 * spec.vocab_size * spec.hidden_size
     return 4 * (linears + ends) + 2**20
 
@@ -36,7 +36,9 @@ def read_peft(config: PeftConfig, weights: bytes, spec: ModelSpec, served: str) 
         AdapterError: It does not fit the base, or holds what is not served.
     """
     parts = _Parts(_tensors(weights), config, spec, served)
-    linears = [[module_path(layer, module) for module in LINEAR_BLOCKS] for layer in range(spec.num_layers)]
+    linears = [
+        [module_path(spec, layer, module) for module in spec.modules] for layer in range(spec.num_layers)
+    ]
     config.check_targets(parts.adapted, linears, spec.tie_word_embeddings)
     modules: dict[tuple[int, str], LoraWeights] = {}
     biases: dict[tuple[int, str], Tensor] = {}
@@ -71,9 +73,9 @@ def read_peft(config: PeftConfig, weights: bytes, spec: ModelSpec, served: str) 
     )
 
 
-def module_path(layer: int, module: str) -> str:
+def module_path(spec: ModelSpec, layer: int, module: str) -> str:
     """As transformers names it: model.layers.0.self_attn.q_proj."""
-    return f"model.layers.{layer}.{LINEAR_BLOCKS.get(module, '?')}.{module}"
+    return f"model.layers.{layer}.{spec.modules[module]}.{module}"
 
 
 _PREFIX = "base_model.model."
@@ -166,7 +168,7 @@ class _Parts:
             linear = _LINEAR_PATH.fullmatch(path)
             if linear is None and match["bias"] is not None:
                 raise AdapterError(f"{WEIGHTS_FILE}: {name}: trained biases are served on linears only")
-            if linear is None or LINEAR_BLOCKS.get(linear[3]) != linear[2]:
+            if linear is None or self._spec.modules.get(linear[3]) != linear[2]:
                 raise AdapterError(
                     f"{WEIGHTS_FILE}: {name} is not a LoRA weight of a projection of this base"
                 )

@@ -45,7 +45,11 @@ class NativeKernels(ReferenceKernels):
         self._product = kernel(f"product_{suffix}")
         self._product_of_pairs = kernel("gemm_bf16")
         self._norm = kernel(f"add_rms_norm_{suffix}")
+        self._layer_norm = kernel(f"add_layer_norm_{suffix}")
+        self._rms_norm = kernel(f"rms_norm_{suffix}")
+        self._add = kernel(f"add_{suffix}")
         self._silu = kernel(f"silu_mul_{suffix}")
+        self._gelu = kernel(f"gelu_{suffix}")
         self._rope = kernel(f"rope_store_{suffix}")
         self._attention = kernel(f"attention_{suffix}")
         self._lora = kernel(f"lora_{suffix}")
@@ -166,6 +170,50 @@ class NativeKernels(ReferenceKernels):
         )
         return out
 
+    def add_layer_norm(
+        self,
+        residual_TH: Tensor,
+        delta_TH: Tensor | None,
+        weight_H: Tensor,
+        bias_H: Tensor,
+        eps: float,
+        out: Tensor,
+    ) -> Tensor:
+        rows, width = residual_TH.shape
+        self._call(
+            self._layer_norm,
+            residual_TH.data_ptr(),
+            0 if delta_TH is None else delta_TH.data_ptr(),
+            weight_H.data_ptr(),
+            bias_H.data_ptr(),
+            out.data_ptr(),
+            rows,
+            width,
+            _bits(eps),
+        )
+        return out
+
+    def rms_norm(self, x_TN: Tensor, first: int, count: int, weight_D: Tensor, eps: float) -> None:
+        rows, stride = x_TN.shape
+        dim = len(weight_D)
+        start = x_TN.data_ptr() + first * dim * x_TN.element_size()
+        self._call(self._rms_norm, start, rows, stride, count, dim, weight_D.data_ptr(), _bits(eps))
+
+    def add(self, x_TN: Tensor, y_TN: Tensor) -> None:
+        self._call(self._add, x_TN.data_ptr(), y_TN.data_ptr(), *x_TN.shape)
+
+    def gelu(self, up_TN: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._activate(up_TN, up_TN.shape[1], False, out)
+
+    def gelu_mul(self, gate_up_TN: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._activate(gate_up_TN, gate_up_TN.shape[1] // 2, True, out)
+
+    def _activate(self, x_TN: Tensor, width: int, gated: bool, out: Tensor | None) -> Tensor:
+        if out is None:
+            out = torch.empty(x_TN.shape[0], width, dtype=x_TN.dtype)
+        self._call(self._gelu, x_TN.data_ptr(), out.data_ptr(), x_TN.shape[0], width, gated)
+        return out
+
     def silu_mul(self, gate_up_TN: Tensor, out: Tensor | None = None) -> Tensor:
         rows, width = gate_up_TN.shape
         if out is None:
@@ -196,6 +244,7 @@ class NativeKernels(ReferenceKernels):
             heads,
             kv_heads,
             dim,
+            2 * cosine_PD.shape[1],
         )
 
     def attention(
@@ -207,6 +256,9 @@ class NativeKernels(ReferenceKernels):
         heads: int,
         window: int | None,
         out: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         _, kv_heads, dim, _ = k_cache.shape
         if out is None:
@@ -215,7 +267,9 @@ class NativeKernels(ReferenceKernels):
             torch_attention = super().attention
             self._bind(batch)
             self._call_torch(
-                lambda batch: torch_attention(qkv_TN, batch, k_cache, v_cache, heads, window, out)
+                lambda batch: torch_attention(
+                    qkv_TN, batch, k_cache, v_cache, heads, window, out, scale=scale, softcap=softcap
+                )
             )
             return out
         self._bind(batch)
@@ -229,8 +283,9 @@ class NativeKernels(ReferenceKernels):
             heads,
             kv_heads,
             dim,
-            _bits(dim**-0.5),
+            _bits(scale or dim**-0.5),
             window or 0,
+            _bits(softcap or 0.0),
         )
         return out
 

@@ -82,6 +82,93 @@ void NAME(op_add_rms_norm)(const int64_t *a) {
     NAME(add_rms_norm)(ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), INTEGER(4), INTEGER(5), REAL(6));
 }
 
+/* As add_rms_norm, but the mean is taken off first and a bias [n] added last. */
+static void NAME(add_layer_norm)(float *residual, const T *delta, const float *weight, const float *bias, T *out, int rows,
+                                 int n, float eps) {
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; r++) {
+        float *h = residual + (int64_t)r * n;
+        const T *d = delta ? delta + (int64_t)r * n : NULL;
+        T *o = out + (int64_t)r * n;
+        v16 sums = splat(0), squares = splat(0);
+        float sum = 0, square = 0;
+        int i = 0;
+        for (; i + 16 <= n; i += 16) {
+            if (d) *(v16 *)(h + i) += LOAD16(d + i);
+            sums += *(v16 *)(h + i);
+        }
+        for (; i < n; i++) {
+            if (d) h[i] += LOAD(d + i);
+            sum += h[i];
+        }
+        const float mean = (sum16(sums) + sum) / n;
+        for (i = 0; i + 16 <= n; i += 16) {
+            v16 x = *(v16 *)(h + i) - mean;
+            squares += x * x;
+        }
+        for (; i < n; i++) square += (h[i] - mean) * (h[i] - mean);
+        const float scale = 1.0f / sqrtf((sum16(squares) + square) / n + eps);
+        for (i = 0; i + 16 <= n; i += 16)
+            STORE16(o + i, (*(v16 *)(h + i) - mean) * scale * *(const v16 *)(weight + i) + *(const v16 *)(bias + i));
+        for (; i < n; i++) STORE(o + i, (h[i] - mean) * scale * weight[i] + bias[i]);
+    }
+}
+void NAME(op_add_layer_norm)(const int64_t *a) {
+    NAME(add_layer_norm)(ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), ADDRESS(4), INTEGER(5), INTEGER(6), REAL(7));
+}
+
+/* In place, `count` vectors of n in each row: x = x / rms(x) * weight [n]. Rows are `stride` apart. */
+static void NAME(rms_norm)(T *x, int rows, int64_t stride, int count, int n, const float *weight, float eps) {
+#pragma omp for schedule(static)
+    for (int v = 0; v < rows * count; v++) {
+        T *p = x + v / count * stride + (int64_t)(v % count) * n;
+        v16 squares = splat(0);
+        float tail = 0;
+        int i = 0;
+        for (; i + 16 <= n; i += 16) squares += LOAD16(p + i) * LOAD16(p + i);
+        for (; i < n; i++) tail += LOAD(p + i) * LOAD(p + i);
+        const float scale = 1.0f / sqrtf((sum16(squares) + tail) / n + eps);
+        for (i = 0; i + 16 <= n; i += 16) STORE16(p + i, LOAD16(p + i) * scale * *(const v16 *)(weight + i));
+        for (; i < n; i++) STORE(p + i, LOAD(p + i) * scale * weight[i]);
+    }
+}
+void NAME(op_rms_norm)(const int64_t *a) {
+    NAME(rms_norm)(ADDRESS(0), INTEGER(1), a[2], INTEGER(3), INTEGER(4), ADDRESS(5), REAL(6));
+}
+
+/* x [rows, n] += y */
+static void NAME(add)(T *x, const T *y, int rows, int n) {
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; r++) {
+        T *p = x + (int64_t)r * n;
+        const T *q = y + (int64_t)r * n;
+        int i = 0;
+        for (; i + 16 <= n; i += 16) STORE16(p + i, LOAD16(p + i) + LOAD16(q + i));
+        for (; i < n; i++) STORE(p + i, LOAD(p + i) + LOAD(q + i));
+    }
+}
+void NAME(op_add)(const int64_t *a) { NAME(add)(ADDRESS(0), ADDRESS(1), INTEGER(2), INTEGER(3)); }
+
+/* out [rows, n] = gelu(x), in its form with tanh; gated: x [rows, 2n], the second half is multiplied. */
+static void NAME(gelu)(const T *x, T *out, int rows, int n, int gated) {
+    const float c = 0.7978845608028654f; /* sqrt(2 / pi) */
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; r++) {
+        const T *g = x + (int64_t)r * (gated ? 2 * n : n), *u = g + n;
+        T *o = out + (int64_t)r * n;
+        int i = 0;
+        for (; i + 16 <= n; i += 16) {
+            v16 v = LOAD16(g + i), y = v * 0.5f * (tanh16((v + v * v * v * 0.044715f) * c) + 1.0f);
+            STORE16(o + i, gated ? y * LOAD16(u + i) : y);
+        }
+        for (; i < n; i++) {
+            float v = LOAD(g + i), y = 0.5f * v * (1.0f + tanhf(c * (v + 0.044715f * v * v * v)));
+            STORE(o + i, gated ? y * LOAD(u + i) : y);
+        }
+    }
+}
+void NAME(op_gelu)(const int64_t *a) { NAME(gelu)(ADDRESS(0), ADDRESS(1), INTEGER(2), INTEGER(3), INTEGER(4)); }
+
 /* gate_up [rows, 2n] -> out [rows, n] = silu(gate) * up. */
 static void NAME(silu_mul)(const T *gate_up, T *out, int rows, int n) {
 #pragma omp for schedule(static)
@@ -101,12 +188,12 @@ static void NAME(silu_mul)(const T *gate_up, T *out, int rows, int n) {
 }
 void NAME(op_silu_mul)(const int64_t *a) { NAME(silu_mul)(ADDRESS(0), ADDRESS(1), INTEGER(2), INTEGER(3)); }
 
-/* Rotates q and k of qkv [rows, (heads + 2 kv_heads) * dim] (rotate-half layout; cos, sin [max_position, dim / 2]),
+/* Rotates q and k of qkv [rows, (heads + 2 kv_heads) * dim] (rotate-half layout; cos, sin [max_position, rotary / 2]: the first `rotary` of a head),
  * leaves q there, and writes k and v into the pages: k_cache [blocks, kv_heads, dim, BLOCK] (keys as columns),
  * v_cache [blocks, kv_heads, BLOCK, dim]. kv_slot[row] = block * BLOCK + offset. */
 static void NAME(rope_store)(T *qkv, const Batch *batch, const float *cosine, const float *sine, T *k_cache, T *v_cache,
-                             int heads, int kv_heads, int dim) {
-    const int half = dim / 2;
+                             int heads, int kv_heads, int dim, int rotary) {
+    const int half = rotary / 2;
     const int32_t *position = batch->position, *kv_slot = batch->kv_slot;
 #pragma omp for schedule(static)
     for (int r = 0; r < (int)batch->rows; r++) {
@@ -129,7 +216,8 @@ static void NAME(rope_store)(T *qkv, const Batch *batch, const float *cosine, co
     }
 }
 void NAME(op_rope_store)(const int64_t *a) {
-    NAME(rope_store)(ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), ADDRESS(4), ADDRESS(5), INTEGER(6), INTEGER(7), INTEGER(8));
+    NAME(rope_store)(ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), ADDRESS(4), ADDRESS(5), INTEGER(6), INTEGER(7), INTEGER(8),
+                     INTEGER(9));
 }
 
 /* Scores of R query rows against one block of keys, and their weighted sum of one block of values. */
@@ -160,8 +248,8 @@ INLINE void NAME(weigh)(const int R, const float *p, int64_t stride, int keys, c
 
 /* One tile: R (position, head) rows that share a kv head. first/last: the block range any row sees. */
 INLINE void NAME(attend)(const int R, const T **query, T **out, const int *lower, const int *upper, const int32_t *table,
-                         const T *k_cache, const T *v_cache, int kv_heads, int kv_head, int dim, float scale, float *buffer,
-                         int64_t stride) {
+                         const T *k_cache, const T *v_cache, int kv_heads, int kv_head, int dim, float scale, float softcap,
+                         float *buffer, int64_t stride) {
     float q[6 * 256], sum[6];
     int begin = lower[0], end = upper[0];
     for (int r = 0; r < R; r++) {
@@ -179,6 +267,8 @@ INLINE void NAME(attend)(const int R, const T **query, T **out, const int *lower
     const int width = (blocks - first) * BLOCK, base = first * BLOCK;
     for (int r = 0; r < R; r++) {
         float *s = buffer + r * stride;
+        if (softcap > 0)
+            for (int i = 0; i < width; i += 16) *(v16 *)(s + i) = tanh16(*(v16 *)(s + i) / softcap) * softcap;
         for (int i = 0; i < lower[r] - base; i++) s[i] = -INFINITY;
         for (int i = upper[r] - base; i < width; i++) s[i] = -INFINITY;
         v16 top = splat(-INFINITY), total = splat(0);
@@ -217,7 +307,7 @@ INLINE void NAME(attend)(const int R, const T **query, T **out, const int *lower
  * [rows, heads * dim]; its keys are positions 0 .. context[s]-1 in the blocks of tables[s], its last row the last of
  * them. window > 0: a position sees only that many, itself included. dim a multiple of 16, at most 256. */
 static void NAME(attention)(const T *qkv, T *out, const T *k_cache, const T *v_cache, const Batch *batch, int heads,
-                            int kv_heads, int dim, float scale, int window) {
+                            int kv_heads, int dim, float scale, int window, float softcap) {
     const int32_t *query_start = batch->query_start, *context = batch->context;
     const int sequences = (int)batch->sequences;
     const int group = heads / kv_heads, positions = group >= 6 ? 1 : 6 / group;
@@ -251,7 +341,7 @@ static void NAME(attention)(const T *qkv, T *out, const T *k_cache, const T *v_c
                 if (++count == 6 || (g == group - 1 && r == stop - 1)) {
 #define ATTEND(R) \
     case R: NAME(attend)(R, query, target, lower, upper, batch->tables + s * batch->table_width, k_cache, v_cache, kv_heads, \
-                     kv_head, dim, scale, buffer, stride); break;
+                     kv_head, dim, scale, softcap, buffer, stride); break;
                     switch (count) { ATTEND(1) ATTEND(2) ATTEND(3) ATTEND(4) ATTEND(5) ATTEND(6) }
 #undef ATTEND
                     count = 0;
@@ -264,7 +354,7 @@ static void NAME(attention)(const T *qkv, T *out, const T *k_cache, const T *v_c
 }
 void NAME(op_attention)(const int64_t *a) {
     NAME(attention)(ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), ADDRESS(4), INTEGER(5), INTEGER(6), INTEGER(7), REAL(8),
-                    INTEGER(9));
+                    INTEGER(9), REAL(10));
 }
 
 /* s[row][j] = sum_i x[row][i] * a[j][i] for R rows, N of the rank's rows. STEP values enter a lane at once. */

@@ -99,6 +99,41 @@ class ReferenceKernels:
         out.copy_(residual_TH * scale_T1 * weight_H)
         return out
 
+    def add_layer_norm(
+        self,
+        residual_TH: Tensor,
+        delta_TH: Tensor | None,
+        weight_H: Tensor,
+        bias_H: Tensor,
+        eps: float,
+        out: Tensor,
+    ) -> Tensor:
+        """As `add_rms_norm`, but LayerNorm: the mean is taken off first, and a bias added last."""
+        if delta_TH is not None:
+            residual_TH += delta_TH
+        return out.copy_(F.layer_norm(residual_TH, weight_H.shape, weight_H, bias_H, eps))
+
+    def rms_norm(self, x_TN: Tensor, first: int, count: int, weight_D: Tensor, eps: float) -> None:
+        """Normalise in place `count` vectors of D in every row, from the `first` on: query or key heads, or all of it."""
+        dim = len(weight_D)
+        x = x_TN[:, first * dim : (first + count) * dim].view(len(x_TN), count, dim)
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        x.copy_((wide * scale * weight_D).to(x.dtype))
+
+    def add(self, x_TN: Tensor, y_TN: Tensor) -> None:
+        """x += y"""
+        x_TN += y_TN
+
+    def gelu(self, up_TN: Tensor, out: Tensor | None = None) -> Tensor:
+        """gelu, in its form with tanh, [T, N]."""
+        return _into(out, F.gelu(up_TN.float(), approximate="tanh").to(up_TN.dtype))
+
+    def gelu_mul(self, gate_up_TN: Tensor, out: Tensor | None = None) -> Tensor:
+        """[T, 2N] -> gelu(first half) * second half, [T, N]."""
+        gate, up = gate_up_TN.float().chunk(2, dim=-1)
+        return _into(out, (F.gelu(gate, approximate="tanh") * up).to(gate_up_TN.dtype))
+
     def silu_mul(self, gate_up_TN: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, 2N] -> silu(first half) * second half, [T, N]."""
         gate, up = gate_up_TN.float().chunk(2, dim=-1)
@@ -114,16 +149,17 @@ class ReferenceKernels:
         v_cache: Tensor,
         heads: int,
     ) -> None:
-        """Rotate q and k in place (rotate-half; tables [P, D/2]) and write k and v into their pages.
+        """Rotate q and k in place (rotate-half; tables [P, R/2]: the first R of a head) and write k and v into their pages.
 
         Pages: k_cache [blocks, kv heads, D, BLOCK] (keys as columns), v_cache [blocks, kv heads, BLOCK, D].
         """
         kv_heads, dim = k_cache.shape[1], k_cache.shape[2]
         x = qkv_TN.view(qkv_TN.shape[0], heads + 2 * kv_heads, dim)
-        rotated = x[:, : heads + kv_heads].float()
+        part = 2 * cosine_PD.shape[1]
+        rotated = x[:, : heads + kv_heads, :part].float()
         cosine, sine = cosine_PD[batch.positions][:, None], sine_PD[batch.positions][:, None]
         first, second = rotated.chunk(2, dim=-1)
-        x[:, : heads + kv_heads] = torch.cat(
+        x[:, : heads + kv_heads, :part] = torch.cat(
             [first * cosine - second * sine, second * cosine + first * sine], -1
         ).to(x.dtype)
         block, offset = batch.kv_slots.long() // BLOCK, batch.kv_slots.long() % BLOCK
@@ -139,8 +175,14 @@ class ReferenceKernels:
         heads: int,
         window: int | None,
         out: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
-        """Causal attention of every row over its sequence's pages; a window counts the position itself. [T, heads*D]."""
+        """Causal attention of every row over its sequence's pages; a window counts the position itself. [T, heads*D].
+
+        Scores are multiplied with `scale` (D**-0.5 if None) and, with a softcap c, become c * tanh(score / c).
+        """
         kv_heads, dim = k_cache.shape[1], k_cache.shape[2]
         q = qkv_TN.view(qkv_TN.shape[0], heads + 2 * kv_heads, dim)[:, :heads]
         if out is None:
@@ -155,12 +197,14 @@ class ReferenceKernels:
             if window is not None:
                 seen &= torch.arange(context)[None] > batch.positions[rows, None] - window
             repeat = heads // kv_heads
-            attended = F.scaled_dot_product_attention(
-                q[rows].transpose(0, 1),
-                k.repeat_interleave(repeat, 0),
-                v.repeat_interleave(repeat, 0),
-                attn_mask=seen,
-            )
+            k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
+            queries = q[rows].transpose(0, 1)
+            if softcap is None:
+                attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=seen, scale=scale)
+            else:
+                scores = queries.float() @ k.float().transpose(1, 2) * (scale or dim**-0.5)
+                scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, -torch.inf)
+                attended = (scores.softmax(-1) @ v.float()).to(v.dtype)
             out[rows] = attended.transpose(0, 1).reshape(-1, heads * dim)
         return out
 

@@ -23,7 +23,6 @@ from engine.adapter import (
     read_adapter,
 )
 from engine.checkpoint import open_checkpoint
-from engine.peft import module_path
 from engine.protocol import AdapterRef
 from engine.spec import LINEAR_BLOCKS, ModelSpec
 from tests.engine.tiny import write_tiny_adapter, write_tiny_model
@@ -53,6 +52,10 @@ def adapter_dir(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "adapter"))
 
 
+def _path(layer: int, module: str) -> str:
+    return f"model.layers.{layer}.{LINEAR_BLOCKS[module]}.{module}"
+
+
 def ref(directory: Path | str, name: str = "base/task", sha256: str | None = None) -> AdapterRef:
     return AdapterRef(name, str(directory), sha256)
 
@@ -69,7 +72,7 @@ def change_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], 
 
 
 def key(layer: int, module: str, half: str) -> str:
-    return f"base_model.model.{module_path(layer, module)}.lora_{half}.weight"
+    return f"base_model.model.{_path(layer, module)}.lora_{half}.weight"
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -92,9 +95,9 @@ def test_weights_and_scalings_are_those_of_peft(
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path))
     layers = {name: module for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
-    assert {f"base_model.model.{module_path(*place)}" for place in adapter.modules} == set(layers)
+    assert {f"base_model.model.{_path(*place)}" for place in adapter.modules} == set(layers)
     for place, ours in adapter.modules.items():
-        layer: Any = layers[f"base_model.model.{module_path(*place)}"]
+        layer: Any = layers[f"base_model.model.{_path(*place)}"]
         assert torch.equal(ours.a, layer.lora_A["default"].weight)
         assert torch.equal(ours.b, layer.lora_B["default"].weight)
         assert ours.scaling == pytest.approx(layer.scaling["default"], rel=1e-12)

@@ -208,7 +208,7 @@ def test_the_embedded_model_is_smollm2(smollm: Checkpoint) -> None:
     spec = smollm.spec
     assert (spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads) == (30, 576, 9, 3)
     assert (spec.vocab_size, spec.tie_word_embeddings, spec.eos_token_ids) == (49152, True, (2,))
-    assert (spec.rms_norm_eps, spec.rope_theta, spec.max_position_embeddings) == (1e-5, 100_000.0, 8192)
+    assert (spec.norm_eps, spec.rope_theta, spec.max_position_embeddings) == (1e-5, 100_000.0, 8192)
     config = json.loads(smollm.files["tokenizer_config.json"])
     assert (config["bos_token"], config["eos_token"]) == ("<|im_start|>", "<|im_end|>")
     assert "You are a helpful AI assistant named SmolLM" in config["chat_template"]

@@ -44,7 +44,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     assert spec.num_kv_heads == written["num_key_value_heads"]
     assert spec.rope_theta == written["rope_parameters"]["rope_theta"]
     assert spec.tie_word_embeddings == written["tie_word_embeddings"]
-    assert spec.sliding_window == written.get("sliding_window")
+    assert set(spec.windows) == {written.get("sliding_window")}
 
 
 def test_head_dim_may_differ_from_hidden_size_over_heads() -> None:
@@ -97,21 +97,20 @@ def test_qwen2_has_biases_on_queries_keys_and_values_only() -> None:
     ],
 )
 def test_the_window_is_the_one_transformers_uses(config: dict, changes: dict, window: int | None) -> None:
-    assert read(config, **changes).sliding_window == window
+    assert read(config, **changes).windows == (window,) * 4
 
 
-def test_a_window_in_some_layers_only_is_refused() -> None:
-    with pytest.raises(SpecError, match="max_window_layers: a window in 2 of 4 layers"):
-        read(QWEN2, use_sliding_window=True, max_window_layers=2)
+def test_a_window_in_some_layers_only() -> None:
+    assert read(QWEN2, use_sliding_window=True, max_window_layers=2).windows == (None, None, 8, 8)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "architectures: 'GemmaForCausalLM' is not supported"),
+        ({"architectures": ["FalconForCausalLM"]}, "architectures: 'FalconForCausalLM' is not supported"),
         ({"architectures": None}, "architectures must name one class"),
         ({"architectures": [["x"]]}, "architectures"),
-        ({"hidden_act": "gelu"}, "hidden_act: only silu"),
+        ({"hidden_act": "gelu"}, "hidden_act: only silu and the tanh form"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: type 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor must be a positive number"),
         ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "rope_scaling.factor"),

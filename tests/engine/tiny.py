@@ -14,7 +14,7 @@ import transformers
 VOCABULARY = 384
 MAX_POSITIONS = 512
 SLIDING_WINDOW = 8
-FAMILIES = ("llama", "llama3", "mistral", "qwen2")
+FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "phi", "gemma", "gemma2", "gemma3")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -28,7 +28,8 @@ def write_tiny_model(
     """A Hugging Face directory in float32: config, safetensors, byte-level tokenizer with a chat template.
 
     "llama" has a head_dim of its own and grouped queries, "llama3" its rotary scaling, "mistral" a window of 8 in
-    every layer, "qwen2" biases. Weights are large enough that greedy output wanders.
+    every layer, "qwen2" biases, "qwen3" normalised queries and keys, "phi" parallel blocks and LayerNorm, "gemma" scaled
+    embeddings, "gemma2" soft caps and a window in every other layer, "gemma3" two rotary bases. Weights are large enough that greedy output wanders.
     """
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(_config(family, tie), dtype=torch.float32)
@@ -170,4 +171,22 @@ def _config(family: str, tie: bool | None) -> transformers.PretrainedConfig:
         )
     if family == "qwen2":
         return transformers.Qwen2Config(**common, tie_word_embeddings=tie is not False)
+    if family == "qwen3":
+        return transformers.Qwen3Config(**common, head_dim=32, tie_word_embeddings=bool(tie))
+    if family == "phi":
+        return transformers.PhiConfig(**common, hidden_act="gelu_new")
+    if family == "gemma":
+        return transformers.GemmaConfig(**common, head_dim=32)
+    windowed = {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": SLIDING_WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+    if family == "gemma2":
+        return transformers.Gemma2Config(
+            **common, **windowed, attn_logit_softcapping=3.0, final_logit_softcapping=5.0
+        )
+    if family == "gemma3":
+        return transformers.Gemma3TextConfig(**common, **windowed)
     raise ValueError(f"no tiny {family}; there are {', '.join(FAMILIES)}")
