@@ -149,7 +149,7 @@ class ReferenceKernels:
         v_cache: Tensor,
         heads: int,
     ) -> None:
-        """Rotate q and k in place (rotate-half; tables [P, R/2]: the first R of a head) and write k and v into their pages.
+        """Rotate q and k in place (rotate-half; tables [P, R/2], the first R of a head); write k and v into their pages.
 
         Pages: k_cache [blocks, kv heads, D, BLOCK] (keys as columns), v_cache [blocks, kv heads, BLOCK, D].
         """

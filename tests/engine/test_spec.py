@@ -1,6 +1,7 @@
 """Configs as transformers writes them, and what is refused."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_config_of_transformers_4_and_of_5_give_the_same_spec() -> None:
     assert read(LLAMA).rope_theta == 1e6
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_defaults_are_those_of_transformers(family: str) -> None:
     written = getattr(transformers, f"{family}Config")(num_hidden_layers=2).to_dict()
     spec = ModelSpec.from_hf_config(written | {"architectures": [f"{family}ForCausalLM"]})
@@ -117,7 +118,7 @@ def test_a_window_in_some_layers_only() -> None:
         ({"rope_scaling": 8}, "rope_scaling must be an object"),
         ({"rope_theta": "big"}, "rope_theta must be a positive number"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
         ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
         ({"hidden_size": "64"}, "hidden_size must be a positive integer"),
         ({"hidden_size": True}, "hidden_size must be a positive integer"),
@@ -139,3 +140,179 @@ def test_tensor_shapes_name_every_weight_of_the_model() -> None:
     model = transformers.Qwen2ForCausalLM(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert read(QWEN2).tensor_shapes() == expected
+
+
+def published(
+    architecture: str, vocabulary: int, hidden: int, mlp: int, layers: int, heads: int, **more: Any
+):
+    return {
+        "architectures": [f"{architecture}ForCausalLM"],
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+        **more,
+    }
+
+
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        # The bases of the LoRA Land report
+        pytest.param(published("Llama", 32000, 4096, 11008, 32, 32), 6_738_415_616, id="Llama-2-7b"),
+        pytest.param(
+            published(
+                "Mistral",
+                32000,
+                4096,
+                14336,
+                32,
+                32,
+                num_key_value_heads=8,
+                sliding_window=4096,
+                hidden_act="silu",
+            ),
+            7_241_732_096,
+            id="Mistral-7B-v0.1, Zephyr-7b-beta",
+        ),
+        pytest.param(
+            published(
+                "Phi",
+                51200,
+                2560,
+                10240,
+                32,
+                32,
+                num_key_value_heads=32,
+                partial_rotary_factor=0.4,
+                hidden_act="gelu_new",
+                layer_norm_eps=1e-5,
+                qk_layernorm=False,
+            ),
+            2_779_683_840,
+            id="phi-2",
+        ),
+        pytest.param(
+            published(
+                "Gemma", 256000, 2048, 16384, 18, 8, num_key_value_heads=1, head_dim=256, hidden_act="gelu"
+            ),
+            2_506_172_416,
+            id="gemma-2b",
+        ),
+        pytest.param(
+            published("Gemma", 256000, 3072, 24576, 28, 16, num_key_value_heads=16, head_dim=256),
+            8_537_680_896,
+            id="gemma-7b",
+        ),
+        # Today's
+        pytest.param(
+            published("Llama", 128256, 4096, 14336, 32, 32, num_key_value_heads=8, rope_scaling=LLAMA3_ROPE),
+            8_030_261_248,
+            id="Llama-3.1-8B",
+        ),
+        pytest.param(
+            published(
+                "Llama",
+                128256,
+                2048,
+                8192,
+                16,
+                32,
+                num_key_value_heads=8,
+                head_dim=64,
+                tie_word_embeddings=True,
+                rope_scaling=LLAMA3_ROPE | {"factor": 32.0},
+            ),
+            1_235_814_400,
+            id="Llama-3.2-1B",
+        ),
+        pytest.param(
+            published("Qwen2", 152064, 3584, 18944, 28, 28, num_key_value_heads=4, use_sliding_window=False),
+            7_615_616_512,
+            id="Qwen2.5-7B",
+        ),
+        pytest.param(
+            published("Qwen3", 151936, 4096, 12288, 36, 32, num_key_value_heads=8, head_dim=128),
+            8_190_735_360,
+            id="Qwen3-8B",
+        ),
+        pytest.param(
+            published(
+                "Gemma2",
+                256000,
+                3584,
+                14336,
+                42,
+                16,
+                num_key_value_heads=8,
+                head_dim=256,
+                query_pre_attn_scalar=256,
+                attn_logit_softcapping=50.0,
+                final_logit_softcapping=30.0,
+                hidden_activation="gelu_pytorch_tanh",
+                sliding_window=4096,
+            ),
+            9_241_705_984,
+            id="gemma-2-9b",
+        ),
+        pytest.param(
+            published(
+                "Gemma3",
+                262144,
+                1152,
+                6912,
+                26,
+                4,
+                num_key_value_heads=1,
+                head_dim=256,
+                query_pre_attn_scalar=256,
+                rope_local_base_freq=10000,
+                rope_theta=1_000_000,
+                sliding_window=512,
+                sliding_window_pattern=6,
+                hidden_activation="gelu_pytorch_tanh",
+            ),
+            999_885_952,
+            id="gemma-3-1b",
+        ),
+        pytest.param(
+            published("Llama", 49152, 576, 1536, 30, 9, num_key_value_heads=3, tie_word_embeddings=True),
+            134_515_008,
+            id="SmolLM2-135M",
+        ),
+    ],
+)
+def test_published_configs_give_the_published_number_of_parameters(config: dict, parameters: int) -> None:
+    shapes = ModelSpec.from_hf_config(config).tensor_shapes()
+    assert sum(math.prod(shape) for shape in shapes.values()) == parameters
+
+
+def test_what_gemma_3_has_of_its_own() -> None:
+    config = published(
+        "Gemma3",
+        64,
+        64,
+        96,
+        7,
+        4,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=8,
+        rope_scaling={"factor": 8.0, "rope_type": "linear"},
+    )
+    spec = ModelSpec.from_hf_config(config)
+    assert spec.windows == (8, 8, 8, 8, 8, None, 8)
+    assert (spec.rope_theta, spec.local_rope_theta) == (1_000_000.0, 10_000.0)
+    assert spec.tie_word_embeddings and spec.qk_norm and spec.sandwich_norms
+    assert (spec.attention_scale, spec.embedding_scale, spec.attention_softcap) == (1 / 16, 8.0, None)

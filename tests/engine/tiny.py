@@ -29,7 +29,8 @@ def write_tiny_model(
 
     "llama" has a head_dim of its own and grouped queries, "llama3" its rotary scaling, "mistral" a window of 8 in
     every layer, "qwen2" biases, "qwen3" normalised queries and keys, "phi" parallel blocks and LayerNorm, "gemma" scaled
-    embeddings, "gemma2" soft caps and a window in every other layer, "gemma3" two rotary bases. Weights are large enough that greedy output wanders.
+    embeddings, "gemma2" soft caps and a window in every other layer, "gemma3" two rotary bases. Weights are large
+    enough that greedy output wanders.
     """
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(_config(family, tie), dtype=torch.float32)
