@@ -192,6 +192,13 @@ class EngineLoop:
         except queue.Empty:
             return
 
+    def _expect(self, sequence: Sequence, deadline_s: float) -> None:
+        if len(self._deadlines) > 64 + 2 * len(self._sequences):
+            # Most have ended long before: they must not be kept for hours.
+            self._deadlines = [d for d in self._deadlines if d[2].state is not SequenceState.FINISHED]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (deadline_s, sequence.key, sequence))
+
     def _expire(self) -> None:
         """Answer the requests whose deadline has passed; nothing more is computed for them."""
         while self._deadlines and self._deadlines[0][0] <= self._clock():
@@ -274,7 +281,7 @@ class EngineLoop:
         )
         self._next_key += 1
         if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (now + request.deadline_s, sequence.key, sequence))
+            self._expect(sequence, now + request.deadline_s)
         self._sequences[connection, request.request_id] = sequence
         self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
         if request.adapter is None:

@@ -33,7 +33,9 @@ class EngineMetrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of admitted sequences")
         self.cached_tokens = counter("cached_tokens", "Prompt tokens found in the prefix cache")
         self.generated_tokens = counter("generated_tokens", "Tokens sampled")
-        self.preemptions = counter("preemptions", "Sequences sent back to the queue for lack of blocks")
+        self.preemptions = counter(
+            "preemptions", "Sequences sent back to the queue: no blocks left, or others' turn"
+        )
         self.proposed_tokens = counter("speculative_proposed_tokens", "Tokens guessed by prompt lookup")
         self.accepted_tokens = counter("speculative_accepted_tokens", "Guessed tokens that were right")
         self.evictions = counter("adapter_evictions", "Adapters removed from a device slot")

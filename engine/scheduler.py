@@ -5,7 +5,8 @@ deficit round robin over flows (Shreedhar and Varghese, 1995); a flow is one ten
 are charged to the flow when they are computed and output tokens when they are sampled, so a flow that generates much
 is in debt and waits; as in FQ-CoDel (RFC 8290) a flow that was idle goes first. A request of a flow that has nothing
 running never waits for a slot or for blocks that a flow with two or more sequences holds: the latest of those is
-preempted. Requests of a better priority go before all of this, and may preempt the worse.
+preempted. Requests of a better priority go before all of this, and may preempt the worse; while one of them waits for
+blocks, none of a worse priority is begun.
 
 Preemption is by recomputation: the blocks go back (the full ones stay in the prefix cache as long as they are not
 needed), the tokens are kept, and the sequence is computed again when there is room.
@@ -151,8 +152,7 @@ class Scheduler:
             sequence = self._turn(wanting)
             flow = self._flows[sequence.flow]
             if sequence.state is SequenceState.WAITING and not self._admit(sequence):
-                # A flow that has nothing running is waited for: nobody gets the blocks that come free before it.
-                closed |= {sequence.flow} if flow.running else set(self._flows)
+                closed |= self._closed_behind(sequence)
                 continue
             given = grants.get(sequence, 0)
             turn = budget if len(wanting) == 1 else max(1, flow.deficit)
@@ -161,6 +161,20 @@ class Scheduler:
             self._charge(sequence, count)
             budget -= count
         return grants
+
+    def _closed_behind(self, sequence: Sequence) -> set[Flow]:
+        """The flows that may begin nothing while this sequence waits for room: they would take it, step after step.
+
+        All of them when its own flow has nothing running, else its own and those whose next matters less.
+        """
+        if self._flows[sequence.flow].running == 0:
+            return set(self._flows)
+        return {
+            flow
+            for flow, queue in self._flows.items()
+            if queue.waiting
+            and (flow == sequence.flow or queue.waiting[0].request.priority > sequence.request.priority)
+        }
 
     def _wanting(self, grants: dict[Sequence, int], closed: set[Flow]) -> dict[Flow, Sequence]:
         """The sequence of each flow whose prompt is next, of the best priority that wants anything.
@@ -280,7 +294,9 @@ class Scheduler:
         leader = sequence.leader
         if leader is not None and leader.state is SequenceState.RUNNING:
             shared = leader.block_table[: min(most, leader.num_computed // self._pool.block_size)]
-            if len(shared) > len(cached) and sequence.num_generated == 0:
+            # The adapter may have been published anew between the two.
+            same = leader.cache_root == sequence.cache_root and sequence.num_generated == 0
+            if same and len(shared) > len(cached):
                 return shared
         return cached
 
@@ -342,6 +358,8 @@ class Scheduler:
         """Offer the blocks that this chunk filled to the prefix cache."""
         size = self._pool.block_size
         first, full = chunk.start // size, sequence.num_computed // size
+        if first == full:
+            return
         self._pool.extend_keys(sequence.block_keys, sequence.cache_root, sequence.token_ids, full)
         for index in range(first, full):
             self._pool.register(sequence.block_table[index], sequence.block_keys[index])
@@ -388,6 +406,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason | None) -> None:
         self._pool.release(sequence.block_table)
         sequence.block_table = []
+        sequence.leader = None
         self._preempted.discard(sequence.key)
         sequence.state = SequenceState.FINISHED
         sequence.finish_reason = reason

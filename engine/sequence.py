@@ -1,5 +1,6 @@
 """One request inside the engine: its tokens, its KV blocks, where it stands. Knows no tensors and no sockets."""
 
+import hashlib
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -69,7 +70,9 @@ class Sequence:
     @property
     def cache_root(self) -> bytes:
         """What the first prefix-cache key is derived from: sequences that differ here never share a block."""
-        return f"{self.adapter_digest or ''}|{self.request.cache_salt}".encode()
+        root = f"{self.adapter_digest or ''}|{self.request.cache_salt}"
+        # Hashed apart from the blocks' keys, so that no salt can be made to look like one of them.
+        return hashlib.blake2b(root.encode(errors="surrogatepass"), digest_size=16, person=b"root").digest()
 
     @property
     def is_computing_prompt(self) -> bool:

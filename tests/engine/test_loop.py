@@ -235,6 +235,13 @@ def test_an_expired_request_is_answered_and_nothing_more_is_computed_for_it():
     world.engine.stop()
 
 
+def test_a_far_deadline_does_not_keep_what_has_ended(world):
+    for index in range(300):
+        world.submit(f"r{index}", deadline_s=3600.0, max_tokens=1)
+        world.wait(f"r{index}")
+    assert len(world.engine._deadlines) < 100
+
+
 def test_a_queue_full_of_tokens_says_when_to_come_again():
     world = World(FakeRunner(64, 16, step_s=0.02), max_sequences=1, max_waiting_tokens=100)
     world.submit("running", max_tokens=300)

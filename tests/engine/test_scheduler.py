@@ -217,6 +217,24 @@ def test_a_worse_priority_waits_for_all_the_better():
     assert order[-1] is later
 
 
+def test_a_worse_priority_is_not_begun_and_preempted_in_turns_while_a_better_waits_for_blocks():
+    bench = Bench(blocks=30, max_sequences=4)
+    for first in (1, 20):
+        bench.add(40, "a", first=first, max_tokens=12)
+    bench.step()
+    bench.step()
+    bench.step()
+    large = bench.add(60, "a", first=50, max_tokens=2)
+    small = bench.add(4, "b", first=70, priority=1, max_tokens=2)
+    bench.run()
+    assert bench.scheduler.num_preemptions == 0
+    begun = [
+        next(i for i, p in enumerate(bench.plans) if any(c.sequence is s for c in p.chunks))
+        for s in (large, small)
+    ]
+    assert begun[0] <= begun[1]
+
+
 def test_other_salts_share_no_prefix():
     bench = Bench()
     bench.add(16, cache_salt="one")
@@ -245,6 +263,24 @@ def test_choices_that_follow_compute_the_prompt_once_and_share_its_blocks(cachin
         alone.run()
         assert twin.token_ids == other.token_ids
     assert len({tuple(s.token_ids) for s in bench.sequences}) > 1
+
+
+def test_a_choice_does_not_share_blocks_of_an_adapter_published_anew_since():
+    bench = Bench()
+    leader = bench.add(18, "a")
+    bench.step()
+    follower = bench.add(18, "b", leader=leader)
+    bench.step()
+    assert set(follower.block_table).isdisjoint(leader.block_table)
+    assert bench.plans[-1].chunks[-1].num_tokens == 18
+
+
+def test_a_chain_of_choices_is_not_kept_for_ever():
+    bench = Bench()
+    first = bench.add(4)
+    second = bench.add(4, leader=first)
+    bench.run()
+    assert second.leader is None and second.num_generated == 5
 
 
 def test_choices_that_follow_go_on_without_an_aborted_leader():
