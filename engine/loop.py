@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, version_of
+from engine.admission import make_room
 from engine.config import EngineConfig
 from engine.kv_blocks import BlockPool
 from engine.metrics import MERGED_ADAPTER, UNKNOWN_ADAPTER, EngineMetrics
@@ -227,7 +228,8 @@ class EngineLoop:
             return True
         now = self._clock()
         self.metrics.step_seconds.observe(now - started)
-        self._tokens_per_s += 0.02 * (plan.num_tokens / max(now - started, 1e-4) - self._tokens_per_s)
+        rate = plan.num_tokens / max(now - started, 1e-4)
+        self._tokens_per_s += (0.02 if self._tokens_per_s else 1.0) * (rate - self._tokens_per_s)
         self._report(self.scheduler.apply(plan, result), now)
         return True
 
@@ -263,7 +265,7 @@ class EngineLoop:
 
     def _accept(self, connection: int, request: Generate) -> None:
         now = self._clock()
-        refusal = self._refusal(connection, request)
+        refusal = self._refusal(connection, request) or self._make_room(request)
         if refusal is not None:
             label = UNKNOWN_ADAPTER if request.adapter else ""
             self.metrics.requests.labels(label, refusal.code).inc()
@@ -337,22 +339,23 @@ class EngineLoop:
             return refuse(RejectCode.INVALID, wrong)
         if not (request.deadline_s is None or request.deadline_s > 0):
             return refuse(RejectCode.INVALID, f"Out of range: deadline_s ({request.deadline_s}).")
-        return self._overload(request)
+        return None
 
-    def _overload(self, request: Generate) -> Rejected | None:
-        """A refusal when the queue is full, by requests or by tokens, that says when to come again."""
+    def _make_room(self, request: Generate) -> Rejected | None:
+        """With a full queue, refuse others' requests that must give way, or this one; say when to come again."""
         waiting = [s for s in self._sequences.values() if s.state is not SequenceState.RUNNING]
-        tokens = sum(sequence.num_prompt_tokens for sequence in waiting)
-        if len(waiting) >= self._config.max_waiting:
-            full = f"{len(waiting)} requests wait"
-        elif waiting and tokens + len(request.prompt) > self._config.max_waiting_tokens:
-            full = f"{tokens} prompt tokens wait"
-        else:
+        refused = make_room(request, waiting, self._config.max_waiting, self._config.max_waiting_tokens)
+        if refused == []:
             return None
+        tokens = sum(sequence.num_prompt_tokens for sequence in waiting)
+        message = f"The engine's queue is full ({len(waiting)} requests, {tokens} prompt tokens)."
         tokens += sum(sequence.request.sampling.max_tokens for sequence in waiting)
         wait_s = min(60.0, max(1.0, tokens / max(self._tokens_per_s, 1.0)))
-        message = f"The engine's queue is full ({full})."
-        return Rejected(request.request_id, RejectCode.OVERLOADED, message, wait_s)
+        if refused is None:
+            return Rejected(request.request_id, RejectCode.OVERLOADED, message, wait_s)
+        for sequence in refused:
+            self._reject(sequence, RejectCode.OVERLOADED, message, wait_s)
+        return None
 
     def _leader_of(self, connection: int, request: Generate) -> Sequence | None:
         """The sequence whose prompt blocks a request shares, if it is still there and really has its prompt."""
@@ -374,9 +377,11 @@ class EngineLoop:
                 self._abort(connection, request_id)
         self._outbox.pop(connection, None)
 
-    def _reject(self, sequence: Sequence, code: RejectCode, message: str) -> None:
+    def _reject(
+        self, sequence: Sequence, code: RejectCode, message: str, retry_after_s: float | None = None
+    ) -> None:
         self._outbox.setdefault(sequence.connection, []).append(
-            Rejected(sequence.request.request_id, code, message)
+            Rejected(sequence.request.request_id, code, message, retry_after_s)
         )
         self._forget(sequence, code)
 

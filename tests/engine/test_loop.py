@@ -249,10 +249,21 @@ def test_a_queue_full_of_tokens_says_when_to_come_again():
     world.submit("large", prompt=(5,) * 300)
     world.submit("small")
     _, ending = world.wait("small")
-    assert ending.code is RejectCode.OVERLOADED and "300 prompt tokens wait" in ending.message
+    assert ending.code is RejectCode.OVERLOADED and "300 prompt tokens" in ending.message
     assert ending.retry_after_s and 1 <= ending.retry_after_s <= 60
     world.engine.abort(1, "running")
     assert world.wait("large")[1] is FinishReason.LENGTH
+    world.engine.stop()
+
+
+def test_a_queue_full_of_one_adapter_takes_in_another_and_serves_it_at_once():
+    world = World(FakeRunner(256, 16, step_s=0.005), max_sequences=8, max_waiting=92)
+    for index in range(100):
+        world.submit(f"flood {index}", "good", max_tokens=200)
+    world.submit("lone", "other", max_tokens=1)
+    assert world.wait("lone")[1] is FinishReason.LENGTH
+    _, ending = world.wait("flood 99")
+    assert ending.code is RejectCode.OVERLOADED and 1 <= (ending.retry_after_s or 0) <= 60
     world.engine.stop()
 
 
