@@ -170,11 +170,12 @@ class Completion:
             pieces: list[Piece] = []
             for index, output in outputs:
                 choice = self._choices[index]
-                if choice.finished:
-                    continue
-                pieces.append(choice.feed(output))
-                if choice.finished:
-                    self._generation.finish(index)
+                for part in _token_by_token(output):
+                    if choice.finished:
+                        break
+                    pieces.append(choice.feed(part))
+                    if choice.finished:
+                        self._generation.finish(index)
             yield pieces
 
     @property
@@ -189,6 +190,22 @@ class Completion:
     def cached_tokens(self) -> int:
         """Of the prompts; what a prompt's other choices reuse of its first is not counted."""
         return sum(choice.cached_tokens for choice in self._choices[:: self._job.n])
+
+
+def _token_by_token(output: SequenceOutput) -> list[SequenceOutput]:
+    """The engine may give several tokens at once; a stop string may end, or `min_tokens` be reached, among them."""
+    last = len(output.token_ids) - 1
+    if last < 1:
+        return [output]
+    return [
+        msgspec.structs.replace(
+            output,
+            token_ids=[token_id],
+            finish_reason=output.finish_reason if index == last else None,
+            logprobs=None if output.logprobs is None else [output.logprobs[index]],
+        )
+        for index, token_id in enumerate(output.token_ids)
+    ]
 
 
 class _Choice:

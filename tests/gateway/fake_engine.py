@@ -53,6 +53,7 @@ class FakeEngine:
         """Tokens of the answer; then the sequence stops, or with ignore_eos begins anew."""
         self.reject: Callable[[Generate], Rejected | None] = lambda request: None
         self.step_s = 0.0
+        self.tokens_per_step = 1
         self.silent = False
         """Accept requests but make no tokens."""
         self.cached_tokens = 0
@@ -136,11 +137,26 @@ class FakeEngine:
             if self.silent or not connection.running:
                 await asyncio.sleep(0.001)
                 continue
-            outputs = [self._advance(running) for running in connection.running.values()]
+            outputs = [self._advance_far(running) for running in connection.running.values()]
             for output in outputs:
                 if output.finish_reason is not None:
                     del connection.running[output.request_id]
             await connection.socket.send_bytes(encode(StepOutput(outputs)))
+
+    def _advance_far(self, running: Running) -> SequenceOutput:
+        """Several tokens at once, as after guesses that were right."""
+        made = self._advance(running)
+        for _ in range(self.tokens_per_step - 1):
+            if made.finish_reason is not None:
+                break
+            more = self._advance(running)
+            made = msgspec.structs.replace(
+                made,
+                token_ids=made.token_ids + more.token_ids,
+                finish_reason=more.finish_reason,
+                logprobs=None if made.logprobs is None else made.logprobs + (more.logprobs or []),
+            )
+        return made
 
     def _advance(self, running: Running) -> SequenceOutput:
         request, sampling, reply = running.request, running.request.sampling, running.reply

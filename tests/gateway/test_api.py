@@ -359,6 +359,7 @@ def test_a_model_whose_engine_was_never_there_is_503(http: httpx.Client) -> None
         (RejectCode.ADAPTER_NOT_FOUND, 404, "model_not_found"),
         (RejectCode.ADAPTER_INVALID, 400, "adapter_invalid"),
         (RejectCode.OVERLOADED, 429, "slow_down"),
+        (RejectCode.EXPIRED, 504, "request_timeout"),
         (RejectCode.UNAVAILABLE, 503, "engine_unavailable"),
         (RejectCode.INTERNAL, 500, "internal_error"),
     ],
@@ -502,3 +503,36 @@ def test_json_of_responses_has_no_surprises(http: httpx.Client) -> None:
     body = http.post("/v1/chat/completions", json=CHAT)
     assert body.headers["content-type"] == "application/json"
     assert msgspec.json.decode(body.content)["created"] > 1_700_000_000
+
+
+def test_what_concerns_scheduling_reaches_the_engine(http: httpx.Client, engine: FakeEngine) -> None:
+    body = {**CHAT, "priority": -3, "cache_salt": "ours", "deadline_s": 2.5, "n": 3}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+    assert {(r.priority, r.cache_salt, r.deadline_s) for r in engine.requests} == {(-3, "ours", 2.5)}
+    first = engine.requests[0].request_id
+    assert [request.follows for request in engine.requests] == [None, first, first]
+    http.post("/v1/chat/completions", json=CHAT)
+    last = engine.requests[-1]
+    assert (last.priority, last.cache_salt, last.deadline_s, last.follows) == (0, "", None, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("deadline_s", 0), ("deadline_s", -1.5), ("priority", "high"), ("cache_salt", 7)]
+)
+def test_scheduling_fields_out_of_range_are_named(http: httpx.Client, field: str, value: object) -> None:
+    assert error_of(http.post("/v1/chat/completions", json={**CHAT, field: value}), 400)["param"] == field
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"stop": ["fox"]}, {"stop": ["fox"], "min_tokens": 4}, {"max_tokens": 5}, {"logprobs": 2}]
+)
+def test_several_tokens_at_once_read_like_one_after_the_other(
+    http: httpx.Client, engine: FakeEngine, more: dict
+) -> None:
+    body = {"model": "base", "prompt": "the quick brown fox and the other fox jump", "max_tokens": 30, **more}
+    engine.tokens_per_step = 1
+    single = http.post("/v1/completions", json=body).json()
+    engine.tokens_per_step = 7
+    several = http.post("/v1/completions", json=body).json()
+    assert several["choices"] == single["choices"]
+    assert several["usage"] == single["usage"]
