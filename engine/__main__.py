@@ -137,6 +137,7 @@ def load(
     """Load the model (in a thread) and attach a started loop to the server. Raises `LoadError`."""
     from engine.adapter import read_adapter
     from engine.checkpoint import CheckpointError, open_checkpoint
+    from engine.grammar import GrammarCompiler
     from engine.loop import EngineLoop, ModelLimits
     from engine.spec import SpecError
 
@@ -174,6 +175,7 @@ def load(
         read_adapter=functools.partial(read_adapter, spec=spec),
         device_bytes=lambda adapter: adapter.device_bytes(item_bytes),
         on_crash=on_crash,
+        grammars=GrammarCompiler(checkpoint.files["tokenizer.json"], spec.vocab_size, spec.eos_token_ids),
     )
     facts = model_facts(config, checkpoint, engine.scheduler.max_len)
     engine.start()

@@ -22,12 +22,14 @@ import structlog
 from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, version_of
 from engine.admission import make_room
 from engine.config import EngineConfig
+from engine.grammar import Constraint, GrammarCompiler, GrammarError
 from engine.kv_blocks import BlockPool
 from engine.metrics import MERGED_ADAPTER, UNKNOWN_ADAPTER, EngineMetrics
 from engine.protocol import (
     AdapterRef,
     EngineStatus,
     Generate,
+    Grammar,
     RejectCode,
     Rejected,
     SamplingParams,
@@ -66,6 +68,7 @@ class EngineLoop:
     Args:
         read_adapter: Reads and checks an adapter's files (loader thread); raises `AdapterError`.
         device_bytes: Bytes of an adapter in device form.
+        grammars: Compiles what answers must follow; without it such requests are refused.
         on_crash: Called on the loop's thread when its own bookkeeping failed and it had to end. The process must
             then end too, so that every gateway notices.
     """
@@ -83,6 +86,7 @@ class EngineLoop:
         version_of: Callable[[AdapterRef], Hashable] = version_of,
         clock: Callable[[], float] = time.monotonic,
         on_crash: Callable[[], None] = lambda: None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._runner = runner
         self._config = config
@@ -93,6 +97,8 @@ class EngineLoop:
         self._version_of = version_of
         self._clock = clock
         self._on_crash = on_crash
+        self._grammars = grammars
+        self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
         self.metrics = metrics or EngineMetrics()
         self.pool = BlockPool(runner.num_blocks, runner.block_size, config.prefix_caching)
         self.scheduler = Scheduler(
@@ -138,6 +144,7 @@ class EngineLoop:
         self._inbox.put(self._stop)
         self._thread.join(timeout_s)
         self._loader.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, connection: int, request: Generate) -> None:
         self._inbox.put(partial(self._accept, connection, request))
@@ -231,6 +238,9 @@ class EngineLoop:
         rate = plan.num_tokens / max(now - started, 1e-4)
         self._tokens_per_s += (0.02 if self._tokens_per_s else 1.0) * (rate - self._tokens_per_s)
         self._report(self.scheduler.apply(plan, result), now)
+        for chunk, found in zip(plan.chunks, result.results, strict=True):
+            if found.error is not None:
+                self._reject(chunk.sequence, RejectCode.GRAMMAR_INVALID, found.error)
         return True
 
     def _report(self, progress: list[Progress], now: float) -> None:
@@ -286,6 +296,38 @@ class EngineLoop:
             self._expect(sequence, now + request.deadline_s)
         self._sequences[connection, request.request_id] = sequence
         self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
+        if request.sampling.grammar is None:
+            self._place(sequence)
+        else:
+            self._compiler.submit(self._compile, sequence, request.sampling.grammar)
+
+    def _compile(self, sequence: Sequence, grammar: Grammar) -> None:
+        """On the compiler's thread."""
+        try:
+            if self._grammars is None:
+                raise GrammarError("This engine has no grammars.")
+            constraint = self._grammars.compile(grammar)
+        except GrammarError as error:
+            self._inbox.put(partial(self._compiled, sequence, None, str(error)))
+        except Exception as error:
+            log.exception("grammar_failed")
+            text = f"The {grammar.kind} cannot be used: {type(error).__name__}."
+            self._inbox.put(partial(self._compiled, sequence, None, text))
+        else:
+            self._inbox.put(partial(self._compiled, sequence, constraint, ""))
+
+    def _compiled(self, sequence: Sequence, constraint: Constraint | None, reason: str) -> None:
+        if sequence.state is SequenceState.FINISHED:
+            return
+        if constraint is None:
+            self._reject(sequence, RejectCode.GRAMMAR_INVALID, reason)
+            return
+        sequence.constraint = constraint
+        self._place(sequence)
+
+    def _place(self, sequence: Sequence) -> None:
+        """Hand a sequence to the scheduler, or have its adapter fetched first."""
+        request, now = sequence.request, self._clock()
         if request.adapter is None:
             self.scheduler.add(sequence)
             return

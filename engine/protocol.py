@@ -11,6 +11,7 @@ The engine's other HTTP routes: `/healthz`, `/readyz`, `/metrics`, `/v1/model` (
 """
 
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 
@@ -40,6 +41,14 @@ class AdapterPart(msgspec.Struct, frozen=True):
     weight: float
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must look like; it is compiled in the engine, where the masks over token ids are used."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
+    value: str = ""
+    """The schema as JSON, the regular expression, the choices as a JSON list of strings, or the Lark grammar."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the next token is chosen. Defaults are OpenAI's; the gateway has checked the ranges."""
 
@@ -65,6 +74,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     """Ends the sequence like the model's own end tokens; not affected by `ignore_eos`."""
+    grammar: Grammar | None = None
+    """Only tokens that the grammar allows are sampled, and an end token exactly where it may end: `ignore_eos` and
+    `min_tokens` mean nothing then."""
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -142,6 +154,8 @@ class RejectCode(StrEnum):
     """The queue is full; try again after `retry_after_s`."""
     EXPIRED = "expired"
     """Its deadline has passed."""
+    GRAMMAR_INVALID = "grammar_invalid"
+    """The grammar cannot be compiled or followed; the message says why."""
     UNAVAILABLE = "unavailable"
     """The engine is shutting down."""
     INTERNAL = "internal"

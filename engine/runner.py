@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import structlog
 import torch
@@ -10,6 +11,7 @@ from engine.batch import build_batch
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.device_adapter import DeviceAdapter, prepare_adapter
+from engine.grammar import GrammarError
 from engine.host_adapter import HostAdapter
 from engine.kernels import select_kernels
 from engine.kernels.reference import BLOCK
@@ -48,6 +50,7 @@ class ModelRunner:
         block_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * BLOCK * dtype.itemsize
         self.num_blocks = max(1, config.kv_cache_mib * 2**20 // block_bytes)
         self._kv_cache = self._model.new_kv_cache(self.num_blocks)
+        self._mask_maker = ThreadPoolExecutor(1, "grammar-masks")
         self._lora = LoraSlots(spec, config.adapter_slots)
         log.info(
             "model_loaded",
@@ -78,21 +81,45 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
+        masks = self._start_masks(plan)
         batch = build_batch(plan, BLOCK)
         hidden_TH = self._model.forward(batch, self._kv_cache, self._lora)
         ends = batch.query_start[1:].tolist()
-        sampled = self._sample(plan, hidden_TH, ends)
+        errors: dict[int, str] = {}
+        sampled = self._sample(plan, hidden_TH, ends, masks, errors)
         return StepResult(
             [
-                ChunkResult(*sampled.get(index, ([], None)), self._prompt_logprobs(chunk, hidden_TH, end))
+                ChunkResult(
+                    *sampled.get(index, ([], None)),
+                    self._prompt_logprobs(chunk, hidden_TH, end),
+                    errors.get(index),
+                )
                 for index, (chunk, end) in enumerate(zip(plan.chunks, ends, strict=True))
             ]
         )
 
+    def _start_masks(self, plan: StepPlan) -> dict[int, Future[torch.Tensor]]:
+        """By place in the plan: the masks of grammars, computed beside the forward pass."""
+        return {
+            index: self._mask_maker.submit(
+                sequence.constraint.mask, sequence.token_ids[sequence.num_prompt_tokens :]
+            )
+            for index, chunk in enumerate(plan.chunks)
+            if (sequence := chunk.sequence).constraint is not None and chunk.samples
+        }
+
     def _sample(
-        self, plan: StepPlan, hidden_TH: torch.Tensor, ends: list[int]
+        self,
+        plan: StepPlan,
+        hidden_TH: torch.Tensor,
+        ends: list[int],
+        masks: dict[int, Future[torch.Tensor]],
+        errors: dict[int, str],
     ) -> dict[int, tuple[list[int], list[TokenLogprobs] | None]]:
-        """Tokens, and their logprobs where asked for, of the chunks that sample, by their place in the plan."""
+        """Tokens, and their logprobs where asked for, of the chunks that sample, by their place in the plan.
+
+        Puts into `errors` why a chunk's sequence cannot go on.
+        """
         sampling = [(index, chunk) for index, chunk in enumerate(plan.chunks) if chunk.samples]
         # Those without guesses come first and are sampled together.
         sampling.sort(key=lambda each: len(each[1].draft))
@@ -104,6 +131,12 @@ class ModelRunner:
         logits_RV = self._model.logits(hidden_TH[rows], slots, self._lora)
         scored = any(chunk.sequence.request.sampling.logprobs is not None for _, chunk in sampling)
         raw_RV = logits_RV.clone() if scored else logits_RV
+        for row, (index, _) in enumerate(sampling[: len(plain)]):
+            if index in masks:
+                try:
+                    logits_RV[row].masked_fill_(~masks[index].result(), -torch.inf)
+                except GrammarError as error:
+                    errors[index] = str(error)
         found = [[token] for token in sample(logits_RV[: len(plain)], plain, self._eos_token_ids)]
         row = len(plain)
         for _, chunk in sampling[len(plain) :]:
@@ -117,7 +150,8 @@ class ModelRunner:
             scores = None
             if top is not None:
                 scores = [token_logprobs(raw_RV[row + i], token, top) for i, token in enumerate(tokens)]
-            results[index] = tokens, scores
+            if index not in errors:
+                results[index] = tokens, scores
             row += 1 + len(chunk.draft)
         return results
 

@@ -57,7 +57,7 @@ def adjust(logits_V: Tensor, sequence: Sequence, eos_token_ids: Iterable[int]) -
     """Minimum length, logit bias and penalties, in place."""
     sampling = sequence.request.sampling
     ends = [*eos_token_ids, *sampling.stop_token_ids]
-    if ends and sequence.num_generated < sampling.min_tokens:
+    if ends and sequence.constraint is None and sequence.num_generated < sampling.min_tokens:
         logits_V[ends] = -torch.inf
     if sampling.logit_bias:
         logits_V[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))

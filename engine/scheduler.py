@@ -211,7 +211,7 @@ class Scheduler:
 
     def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
         """Guessed tokens to check beside the next one; only into blocks that nobody has to give up."""
-        if not self._speculative_tokens:
+        if not self._speculative_tokens or sequence.constraint is not None:
             return ()
         sampling = sequence.request.sampling
         room = min(sampling.max_tokens - sequence.num_generated, self.max_len - len(sequence.token_ids)) - 1
@@ -367,9 +367,10 @@ class Scheduler:
     def _append(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.request.sampling
         sequence.token_ids.append(token_id)
-        ends = token_id in sampling.stop_token_ids or (
-            token_id in self._eos_token_ids and not sampling.ignore_eos
-        )
+        is_eos = token_id in self._eos_token_ids
+        if is_eos and sequence.constraint is not None:
+            return FinishReason.STOP  # the grammar has allowed it here
+        ends = token_id in sampling.stop_token_ids or (is_eos and not sampling.ignore_eos)
         if ends and sequence.num_generated > sampling.min_tokens:
             return FinishReason.STOP
         if sequence.num_generated >= sampling.max_tokens or len(sequence.token_ids) >= self.max_len:

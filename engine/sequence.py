@@ -3,8 +3,12 @@
 import hashlib
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from engine.protocol import FinishReason, Generate, TokenLogprobs
+
+if TYPE_CHECKING:
+    from engine.grammar import Constraint
 
 Flow = tuple[str, str | None]
 """Who shares a turn with whom: (tenant, adapter digest)."""
@@ -48,6 +52,8 @@ class Sequence:
     """The adapter's device slot while resident; None for the base model."""
     seed: int = 0
     """The request's seed, or one the engine drew."""
+    constraint: "Constraint | None" = None
+    """Where it stands in its grammar, when it has one."""
     state: SequenceState = SequenceState.WAITING_ADAPTER
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

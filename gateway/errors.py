@@ -124,6 +124,8 @@ def error_of_rejection(rejected: Rejected) -> GatewayError:
             return AdapterInvalidError(message, param="model")
         case RejectCode.OVERLOADED:
             return OverloadedError(message, retry_after_s=retry_after_s or 1.0)
+        case RejectCode.GRAMMAR_INVALID:
+            return InvalidRequestError(message, param="response_format")
         case RejectCode.EXPIRED:
             return RequestTimeoutError(message)
         case RejectCode.UNAVAILABLE:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine.protocol import SamplingParams
+from gateway.answer_format import grammar_of
 from gateway.errors import InvalidRequestError, UnsupportedParameterError
 from gateway.openai_schema import ChatFields, CompletionFields, GenerationFields
 
@@ -134,7 +135,7 @@ def stops_of(fields: GenerationFields) -> list[str]:
 
 
 def sampling_of(
-    fields: GenerationFields, *, logprobs: int | None, prompt_logprobs: int | None
+    fields: ChatFields | CompletionFields, *, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
     """Everything but `max_tokens` (here 0), which depends on the prompt's length."""
     or_else = _or_else
@@ -155,6 +156,7 @@ def sampling_of(
         prompt_logprobs=prompt_logprobs,
         ignore_eos=bool(fields.ignore_eos),
         stop_token_ids=tuple(fields.stop_token_ids or ()),
+        grammar=grammar_of(fields),
     )
 
 

@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -204,6 +206,51 @@ def test_a_damaged_adapter_is_refused_with_the_cause_and_nothing_else_suffers(
     assert part in refused.value.message and str(system.directory) not in refused.value.message
     assert system.client.chat.completions.create(model="smollm2-135m", **asked).choices
     assert system.is_idle()
+
+
+class Answer(pydantic.BaseModel):
+    intent: Literal["play", "book", "weather"]
+    confident: bool
+    words: list[str] = pydantic.Field(max_length=2)
+
+
+def test_a_pydantic_model_is_parsed_by_the_sdk_from_base_and_adapter(system: System):
+    messages: list = [{"role": "user", "content": "Book a table for two, please."}]
+    for model in ("smollm2-135m", "smollm2-135m/snips_json"):
+        made = system.client.chat.completions.parse(
+            model=model, messages=messages, response_format=Answer, max_tokens=200, temperature=0
+        )
+        assert isinstance(made.choices[0].message.parsed, Answer)
+    chosen = system.client.completions.create(
+        model="smollm2-135m",
+        prompt="Is water wet?",
+        max_tokens=20,
+        extra_body={"guided_choice": ["certainly", "hardly"]},
+    )
+    assert chosen.choices[0].text in ("certainly", "hardly") and chosen.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "strin"}},
+                }
+            },
+            "strin",
+        ),
+        ({"guided_regex": "(a"}, "regex"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "twice"),
+    ],
+)
+def test_a_format_that_cannot_be_followed_is_a_bad_request(system: System, body: dict, part: str):
+    with pytest.raises(openai.BadRequestError, match=part):
+        system.client.chat.completions.create(
+            model="smollm2-135m", messages=[{"role": "user", "content": "hi"}], extra_body=body
+        )
 
 
 def test_leaving_mid_stream_frees_the_engine(system: System):

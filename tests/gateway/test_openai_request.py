@@ -36,8 +36,6 @@ def refusal(**fields: Any) -> GatewayError:
         ("tool_choice", "required"),
         ("functions", [{}]),
         ("function_call", {"name": "f"}),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "x"}),
         ("prediction", {"type": "content"}),
@@ -57,8 +55,8 @@ def test_what_would_change_the_output_is_refused_by_name(name: str, value: Any) 
 
 
 def test_unknown_parameters_are_refused_by_name() -> None:
-    error = refusal(guided_json={"a": 1})
-    assert (error.code, error.param) == ("unknown_parameter", "guided_json")
+    error = refusal(guided_everything={"a": 1})
+    assert (error.code, error.param) == ("unknown_parameter", "guided_everything")
 
 
 def test_what_makes_no_difference_is_accepted() -> None:

@@ -138,7 +138,7 @@ def test_errors_are_the_sdks_classes(sdk: openai.OpenAI, engine: FakeEngine) -> 
         create(temperature=3)
     assert (bad.value.param, bad.value.type) == ("temperature", "invalid_request_error")
     with pytest.raises(openai.BadRequestError) as unsupported:
-        create(response_format={"type": "json_object"})
+        create(modalities=["text", "audio"])
     assert unsupported.value.code == "unsupported_parameter"
     for code, kind in (
         (RejectCode.OVERLOADED, openai.RateLimitError),
