@@ -48,7 +48,7 @@ class PagedRunner(FakeRunner):
     def _compute(self, chunk: Chunk) -> ChunkResult:
         sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
         end = chunk.start + chunk.num_tokens
-        prompt = None
+        prompt: list[TokenLogprobs | None] | None = None
         if sampling.prompt_logprobs is not None and chunk.start < sequence.num_prompt_tokens:
             prompt = [None] if chunk.start == 0 else []
             for position in range(chunk.start + 1, min(end, sequence.num_prompt_tokens - 1) + 1):
