@@ -168,6 +168,27 @@ def test_a_flood_of_another_flow_costs_a_lone_request_two_steps_at_most(length, 
     assert steps_to_first_token(bench, bench.add(length, "b", first=50)) <= expected + shared
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ac"), st.sampled_from(["", "t"]), st.integers(1, 90), st.integers(1, 60)),
+        min_size=60,
+        max_size=100,
+    ),
+    st.integers(120, 600),
+    st.integers(1, 20),
+    st.integers(1, 30),
+    st.sampled_from([0, 3]),
+)
+def test_whatever_floods_a_lone_request_starts_within_two_steps(flood, blocks, length, after, guesses):
+    bench = Bench(blocks=blocks, speculative_tokens=guesses, speculative_ngram=1)
+    for index, (adapter, tenant, prompt, answer) in enumerate(flood):
+        bench.add(prompt, adapter, first=index, tenant=tenant, max_tokens=answer)
+    for _ in range(after):
+        bench.step()
+    assert steps_to_first_token(bench, bench.add(length, "b", first=50)) <= 1 + 2
+
+
 def test_flows_that_want_the_same_get_the_same():
     bench = Bench(blocks=600, max_sequences=6)
     for index in range(40):
