@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.gguf import GgufError, GgufFile
 from engine.gguf_tokenizer import TokenizerError, tokenizer_files
+from engine.hub import SCHEME, HubError, fetch_model
 from engine.spec import ModelSpec, SpecError, token_ids
 
 
@@ -48,9 +49,14 @@ class Checkpoint(ABC):
         Raises `CheckpointError` when the file is damaged, `KeyError` for a name outside of `names()`.
         """
 
+    @abstractmethod
+    def release(self) -> None:
+        """Give back the memory of the file's pages that were read; tensors that are still held stay valid."""
+
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open "package:NAME" (the GGUF file inside that Python package), a .gguf file, or a Hugging Face directory.
+    """Open "package:NAME" (the GGUF file inside that Python package), "hf://org/name@revision" (fetched from the
+    Hugging Face hub into its cache), a .gguf file, or a Hugging Face directory.
 
     Checks that every weight is there in its shape, before any is read. Raises `CheckpointError`.
     """
@@ -59,16 +65,21 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         if text.startswith("package:"):
             name = text.removeprefix("package:")
             return _GgufCheckpoint(_packaged_gguf(name), root=text)
+        if text.startswith(SCHEME):
+            directory = fetch_model(text)
+            return _SafetensorsCheckpoint(directory, root=f"{text.partition('@')[0]}@{directory.name}")
         path = Path(text).expanduser()
         if path.is_dir():
-            return _SafetensorsCheckpoint(path)
+            return _SafetensorsCheckpoint(path, root=str(path))
         if path.is_file() and path.suffix == ".gguf":
             return _GgufCheckpoint(path, root=str(path))
     except (SpecError, TokenizerError) as error:
         raise CheckpointError(f"{text}: {error}") from error
-    except GgufError as error:
+    except (GgufError, HubError) as error:
         raise CheckpointError(str(error)) from error
-    raise CheckpointError(f"{text}: neither a directory with config.json, nor a .gguf file, nor package:NAME")
+    raise CheckpointError(
+        f"{text}: neither a directory with config.json, nor a .gguf file, nor package:NAME, nor hf://org/name"
+    )
 
 
 class _GgufCheckpoint(Checkpoint):
@@ -86,10 +97,13 @@ class _GgufCheckpoint(Checkpoint):
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         return self._file.tensor(name, dtype)
 
+    def release(self) -> None:
+        self._file.release()
+
 
 class _SafetensorsCheckpoint(Checkpoint):
-    def __init__(self, directory: Path) -> None:
-        self.root = str(directory)
+    def __init__(self, directory: Path, root: str) -> None:
+        self.root = root
         self.config = _read_json(directory / "config.json")
         self.files = _tokenizer_files(directory)
         self.spec = _with_generation_eos(ModelSpec.from_hf_config(self.config), self.files)
@@ -118,6 +132,9 @@ class _SafetensorsCheckpoint(Checkpoint):
                 f"{self._paths[name]}: {name} is {tensor.dtype}; quantised weights are not supported"
             )
         return tensor.to(dtype)
+
+    def release(self) -> None:
+        self._open.clear()  # what is closed is no longer mapped
 
     def _slice(self, name: str) -> Any:
         try:

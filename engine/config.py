@@ -14,7 +14,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything an engine must be told. README.md documents every key."""
 
     model: str
-    """`package:NAME` (a GGUF inside an installed package), a .gguf file, or a Hugging Face directory."""
+    """`package:NAME` (a GGUF inside an installed package), `hf://org/name@revision` (from the Hugging Face hub), a
+    .gguf file, or a Hugging Face directory."""
     name: str
     """The model's public name."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -64,7 +65,7 @@ def load_config(path: str | Path) -> EngineConfig:
     except (msgspec.MsgspecError, ValueError) as error:
         raise ConfigError(f"{path}: [engine]: {error}") from error
     check_config(config, str(path))
-    if not config.model.startswith("package:"):
+    if not config.model.startswith(("package:", "hf://")):
         config = msgspec.structs.replace(config, model=str(path.absolute().parent / config.model))
     return config
 

@@ -38,7 +38,9 @@ def export_hf(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) -> No
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="package:NAME, a .gguf file or a Hugging Face directory")],
+    model: Annotated[
+        str, typer.Argument(help="package:NAME, hf://org/name, a .gguf file or a Hugging Face directory")
+    ],
     directory: Annotated[Path, typer.Argument(help="where to write; files of the same name are replaced")],
     dtype: Annotated[str, typer.Option(help=f"one of {', '.join(DTYPES)}")] = "bfloat16",
 ) -> None:

@@ -144,6 +144,11 @@ class GgufFile:
             out_NH[start : start + step] = torch.from_numpy(values)
         return out
 
+    def release(self) -> None:
+        """Let go of the pages of the file that were read; they are read again when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def _row_order(self, hf_name: str, rows: int) -> np.ndarray | None:
         """llama.cpp interleaves the two halves of each rotary head of "llama"; this undoes it."""
         if self.metadata["general.architecture"] != "llama":

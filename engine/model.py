@@ -113,6 +113,7 @@ class Decoder:
         for index in range(self.spec.num_layers):
             tables = everywhere if self.spec.windows[index] is None else local
             self._layers.append(self._load_layer(checkpoint, index, *tables))
+            checkpoint.release()  # or the file would be in memory beside its packed form
             progress(index + 1, self.spec.num_layers)
         self._workspace = Workspace.allocate(self.spec, 0, dtype)
         self._recorded: dict[tuple[int, frozenset[str]], Callable[[Batch], None]] = {}
@@ -122,11 +123,13 @@ class Decoder:
         self._embedding_scale = torch.tensor(self.spec.embedding_scale, dtype=dtype).item()
         self._norm = self._load_norm(checkpoint, self.spec.final_norm)
         self._embedding = kernels.pack_linear(checkpoint.tensor("model.embed_tokens.weight", dtype), None)
+        checkpoint.release()
         if self.spec.tie_word_embeddings:
             self._head = self._embedding
         else:
             bias = checkpoint.tensor("lm_head.bias", dtype) if self.spec.head_bias else None
             self._head = kernels.pack_linear(checkpoint.tensor("lm_head.weight", dtype), bias)
+        checkpoint.release()
 
     def _load_layer(self, checkpoint: Checkpoint, index: int, cosine: Tensor, sine: Tensor) -> Layer:
         prefix, spec = f"model.layers.{index}", self.spec

@@ -118,11 +118,17 @@ class NativeKernels(ReferenceKernels):
     def pack_linear(self, weight_NH: Tensor, bias_N: Tensor | None) -> Linear:
         """In panels of 32 outputs: [panel, H, 32], or [panel, H / 2, 32, 2] where pairs are multiplied at once."""
         outputs, inputs = weight_NH.shape
-        padded = torch.nn.functional.pad(weight_NH, (0, 0, 0, -outputs % PANEL))
-        if self.dots and inputs % 2 == 0:
-            panels = padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2).contiguous()
-        else:
-            panels = padded.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+        pairs = 2 if self.dots and inputs % 2 == 0 else 1
+        whole, rest = divmod(outputs, PANEL)
+        panels = torch.zeros(whole + bool(rest), inputs // pairs, PANEL, pairs, dtype=weight_NH.dtype)
+        # Written in place: the matrix is copied once, and an embedding is gigabytes.
+        panels[:whole] = weight_NH[: whole * PANEL].view(whole, PANEL, inputs // pairs, pairs).transpose(1, 2)
+        if rest:
+            panels[whole, :, :rest] = (
+                weight_NH[whole * PANEL :].view(rest, inputs // pairs, pairs).transpose(0, 1)
+            )
+        if pairs == 1:
+            panels = panels.squeeze(-1)
         return Linear(panels, None if bias_N is None else bias_N.float().contiguous(), outputs)
 
     def linear(self, x_TH: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:

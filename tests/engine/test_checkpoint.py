@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import CheckpointError, open_checkpoint
 from engine.export import export_hf
-from tests.engine.tiny import CHAT_TEMPLATE, FAMILIES, write_tiny_model
+from engine.kernels.reference import ReferenceKernels
+from engine.model import Decoder
+from tests.engine.tiny import CHAT_TEMPLATE, FAMILIES, write_tiny_model, write_tiny_tokenizer
 
 TEXTS = [
     "Hello 12345, world!",
@@ -59,6 +61,36 @@ def test_a_sharded_checkpoint_reads_like_a_single_file(pristine: Path, tmp_path:
     single = open_checkpoint(pristine)
     for name in single.names():
         assert torch.equal(sharded.tensor(name, torch.float32), single.tensor(name, torch.float32)), name
+
+
+def _mapped_mib() -> float:
+    """File pages in this process's memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssFile:")[2].split()[0]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory counters")
+def test_loading_holds_one_layer_of_the_files_in_memory_at_a_time(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=384, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="20MB")
+    write_tiny_tokenizer(tmp_path)
+    size_mib = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) / 2**20
+    assert size_mib > 50
+    checkpoint, seen = open_checkpoint(tmp_path), []
+    before = _mapped_mib()
+    Decoder(checkpoint, torch.float32, ReferenceKernels(), 64, lambda *_: seen.append(_mapped_mib() - before))
+    assert len(seen) == 4 and max(seen) < size_mib / 4
+
+
+def test_a_tensor_outlives_the_release_of_its_file(pristine: Path) -> None:
+    checkpoint = open_checkpoint(pristine)
+    name = "model.norm.weight"
+    held = checkpoint.tensor(name, torch.float32)
+    checkpoint.release()
+    assert torch.equal(held, load_file(pristine / "model.safetensors")[name])
+    assert torch.equal(held, checkpoint.tensor(name, torch.float32))
 
 
 def test_a_chat_template_file_is_folded_into_the_tokenizer_config(pristine: Path) -> None:

@@ -17,8 +17,9 @@ def test_defaults_and_a_model_path_relative_to_the_file(tmp_path):
     assert config.port == 8100 and config.prefix_caching
 
 
-def test_a_package_is_not_a_path(tmp_path):
-    assert load_config(write(tmp_path, '[engine]\nmodel = "package:x"\nname = "t"\n')).model == "package:x"
+@pytest.mark.parametrize("model", ["package:x", "hf://org/name@main"])
+def test_a_package_and_a_model_of_the_hub_are_no_paths(tmp_path, model):
+    assert load_config(write(tmp_path, f'[engine]\nmodel = "{model}"\nname = "t"\n')).model == model
 
 
 @pytest.mark.parametrize(
