@@ -20,13 +20,16 @@ import msgspec
 import structlog
 
 from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, version_of
+from engine.adapter_report import adapter_report
 from engine.admission import make_room
 from engine.config import EngineConfig
 from engine.grammar import Constraint, GrammarCompiler, GrammarError
 from engine.kv_blocks import BlockPool
-from engine.metrics import MERGED_ADAPTER, UNKNOWN_ADAPTER, EngineMetrics
+from engine.metrics import MERGED_ADAPTER, UNKNOWN_ADAPTER, EngineMetrics, Observation
 from engine.protocol import (
     AdapterRef,
+    AdapterReport,
+    AdapterTier,
     EngineStatus,
     Generate,
     Grammar,
@@ -36,10 +39,11 @@ from engine.protocol import (
     SequenceOutput,
     StepOutput,
 )
-from engine.residency import AdapterState, Copy, Drop, Evict, Fetch, Residency, Version
+from engine.residency import Copy, Drop, Evict, Fetch, Residency, Version
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import Sequence, SequenceState
-from engine.step import Runner
+from engine.step import Runner, StepPlan
+from engine.tally import Tally
 
 log = structlog.get_logger()
 
@@ -99,7 +103,8 @@ class EngineLoop:
         self._on_crash = on_crash
         self._grammars = grammars
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
-        self.metrics = metrics or EngineMetrics()
+        self.metrics = metrics or EngineMetrics(config.name)
+        self.metrics.watch(self.observe)
         self.pool = BlockPool(runner.num_blocks, runner.block_size, config.prefix_caching)
         self.scheduler = Scheduler(
             self.pool,
@@ -128,9 +133,6 @@ class EngineLoop:
         """Of prompts and answers, smoothed over some fifty steps."""
         self._deadlines: list[tuple[float, int, Sequence]] = []
         """A heap: when, and which sequence then expires unless it is finished."""
-        self._counted_preemptions = 0
-        self._counted_proposed = 0
-        self._counted_accepted = 0
         self._stopping = False
         self.alive_s = clock()
         """When the loop last came round; a health check compares it with the clock."""
@@ -164,6 +166,31 @@ class EngineLoop:
             kv_blocks_total=self.pool.num_blocks,
             kv_blocks_free=self.pool.num_available,
             adapters_resident=self._resident_names,
+        )
+
+    def adapters(self) -> AdapterReport:
+        """What is known of every adapter, from any thread."""
+        versions = self._versions.copy()
+        using = [
+            (version, sequence.state is SequenceState.RUNNING)
+            for sequence in list(self._sequences.values())
+            if (version := versions.get(sequence.key)) is not None
+        ]
+        return adapter_report(self.residency, using, self._clock())
+
+    def observe(self) -> Observation:
+        """What the metrics show beside what they count, from any thread."""
+        status, scheduler = self.status(), self.scheduler
+        return Observation(
+            running=status.running,
+            waiting=status.waiting,
+            kv_blocks=status.kv_blocks_total,
+            kv_blocks_available=status.kv_blocks_free,
+            preemptions=scheduler.num_preemptions,
+            proposed_tokens=scheduler.num_proposed,
+            accepted_tokens=scheduler.num_accepted,
+            evictions=self.residency.num_evictions,
+            adapters=self.adapters(),
         )
 
     def _run(self) -> None:
@@ -222,8 +249,8 @@ class EngineLoop:
             return False
         started = self._clock()
         for chunk in plan.chunks:
-            if chunk.start == chunk.sequence.num_cached and not chunk.sequence.num_generated:
-                self.metrics.cached_tokens.inc(chunk.sequence.num_cached)
+            if not chunk.sequence.has_run:
+                self._count_start(chunk.sequence, started)
         try:
             result = self._runner.run(plan)
         except Exception:
@@ -234,7 +261,7 @@ class EngineLoop:
                 )
             return True
         now = self._clock()
-        self.metrics.step_seconds.observe(now - started)
+        self._count_step(plan, now - started)
         rate = plan.num_tokens / max(now - started, 1e-4)
         self._tokens_per_s += (0.02 if self._tokens_per_s else 1.0) * (rate - self._tokens_per_s)
         self._report(self.scheduler.apply(plan, result), now)
@@ -243,21 +270,53 @@ class EngineLoop:
                 self._reject(chunk.sequence, RejectCode.GRAMMAR_INVALID, found.error)
         return True
 
+    def _count_start(self, sequence: Sequence, now: float) -> None:
+        """It is in a step for the first time."""
+        sequence.has_run = True
+        metrics, tally, waited_s = self.metrics, self._tally(sequence), now - sequence.arrival_s
+        metrics.queue_seconds.observe(waited_s)
+        metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
+        metrics.cached_tokens.inc(sequence.num_cached)
+        tally.queue.observe(waited_s)
+        tally.prompt_tokens += sequence.num_prompt_tokens
+        tally.cached_tokens += sequence.num_cached
+
+    def _count_step(self, plan: StepPlan, seconds: float) -> None:
+        self.metrics.step_seconds.observe(seconds)
+        self.metrics.step_sequences.observe(len(plan.chunks))
+        self.metrics.step_tokens.observe(plan.num_tokens)
+        slots = {chunk.sequence.slot for chunk in plan.chunks}
+        self.metrics.step_adapters.observe(len(slots - {None}))
+
+    def _tally(self, sequence: Sequence) -> Tally:
+        """Where to count what it does. Names that lead to nothing usable are invented by callers: no label for them."""
+        adapter = sequence.request.adapter
+        if adapter is None:
+            return self.metrics.adapters.of("")
+        if adapter.parts:
+            return self.metrics.adapters.of(MERGED_ADAPTER)
+        version = self._versions.get(sequence.key)
+        known = version is not None and self.residency.is_read(version)
+        return self.metrics.adapters.of(adapter.name if known else UNKNOWN_ADAPTER)
+
     def _report(self, progress: list[Progress], now: float) -> None:
         outputs: dict[int, list[SequenceOutput]] = {}
         for made in progress:
-            sequence = made.sequence
+            sequence, tally = made.sequence, self._tally(made.sequence)
             first = sequence.key not in self._last_token_s
             prompt_logprobs = None
             if first:
                 self.metrics.time_to_first_token.observe(now - sequence.arrival_s)
+                tally.time_to_first_token.observe(now - sequence.arrival_s)
                 if sequence.request.sampling.prompt_logprobs is not None:
                     prompt_logprobs = sequence.prompt_logprobs
             else:
-                self.metrics.inter_token.observe(now - self._last_token_s[sequence.key])
+                gap_s = now - self._last_token_s[sequence.key]
+                self.metrics.inter_token.observe(gap_s)
+                tally.inter_token.observe(gap_s)
             self._last_token_s[sequence.key] = now
             self.metrics.generated_tokens.inc(len(made.token_ids))
-            self.metrics.adapter_tokens.labels(_adapter_label(sequence)).inc(len(made.token_ids))
+            tally.generated_tokens += len(made.token_ids)
             outputs.setdefault(sequence.connection, []).append(
                 SequenceOutput(
                     sequence.request.request_id,
@@ -278,7 +337,7 @@ class EngineLoop:
         refusal = self._refusal(connection, request) or self._make_room(request)
         if refusal is not None:
             label = UNKNOWN_ADAPTER if request.adapter else ""
-            self.metrics.requests.labels(label, refusal.code).inc()
+            self.metrics.adapters.of(label).requests[refusal.code] += 1
             self._outbox.setdefault(connection, []).append(refusal)
             return
         request = _with_computable_top_p(request)
@@ -295,7 +354,6 @@ class EngineLoop:
         if request.deadline_s is not None:
             self._expect(sequence, now + request.deadline_s)
         self._sequences[connection, request.request_id] = sequence
-        self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
         if request.sampling.grammar is None:
             self._place(sequence)
         else:
@@ -430,6 +488,7 @@ class EngineLoop:
     def _forget(self, sequence: Sequence, outcome: str) -> None:
         """Free everything a sequence holds, whatever state it is in."""
         now = self._clock()
+        self._tally(sequence).requests[outcome] += 1
         waited_for_adapter = sequence.state is SequenceState.WAITING_ADAPTER
         if sequence.state is not SequenceState.FINISHED:
             self.scheduler.abort(sequence)
@@ -443,10 +502,6 @@ class EngineLoop:
             self.residency.release(version, now)
         self._last_token_s.pop(sequence.key, None)
         del self._sequences[sequence.connection, sequence.request.request_id]
-        # Names that lead to no adapter are invented by callers: each would be a time series for ever.
-        known = sequence.request.adapter is None or version is not None
-        label = _adapter_label(sequence) if known else UNKNOWN_ADAPTER
-        self.metrics.requests.labels(label, outcome).inc()
 
     def _load_adapters(self) -> None:
         """Admit what has become resident, refuse what failed, and start the I/O that residency asks for."""
@@ -472,7 +527,6 @@ class EngineLoop:
                     self._loader.submit(self._copy, version, slot, self._host[version])
                 case Evict(version, slot):
                     self._empty(version, slot)
-                    self.metrics.evictions.inc()
                 case Drop(version):
                     self._host.pop(version, None)
         self._resident_names = self.residency.resident_names()
@@ -493,6 +547,7 @@ class EngineLoop:
 
     def _copy(self, version: Version, slot: int, adapter: HostAdapter) -> None:
         """On the loader thread."""
+        started = self._clock()
         try:
             prepared = self._runner.prepare_adapter(adapter)
         except AdapterError as error:
@@ -502,10 +557,11 @@ class EngineLoop:
             reason = f"The adapter {version.ref.name!r} cannot be loaded: {type(error).__name__}: {error}"
             self._inbox.put(partial(self._adapter_failed, version, reason))
         else:
+            self.metrics.load_seconds.labels(AdapterTier.DEVICE).observe(self._clock() - started)
             self._inbox.put(partial(self._copied, version, slot, prepared))
 
     def _fetched(self, version: Version, adapter: HostAdapter, seconds: float) -> None:
-        self.metrics.load_seconds.observe(seconds)
+        self.metrics.load_seconds.labels(AdapterTier.HOST).observe(seconds)
         self._host[version] = adapter
         log.info(
             "adapter_fetched",
@@ -514,7 +570,9 @@ class EngineLoop:
             ms=round(seconds * 1e3, 1),
         )
         device_bytes = self._device_bytes(adapter)
-        self.residency.fetched(version, adapter.digest, adapter.num_bytes, device_bytes, self._clock())
+        self.residency.fetched(
+            version, adapter.digest, adapter.num_bytes, device_bytes, self._clock(), adapter.rank
+        )
 
     def _copied(self, version: Version, slot: int, prepared: Any) -> None:
         try:
@@ -539,21 +597,7 @@ class EngineLoop:
         self.residency.failed(version, reason, self._clock())
 
     def _send(self) -> None:
-        """Hand over what has gathered, and set the gauges."""
-        metrics = self.metrics
-        metrics.running.set(self.scheduler.num_running)
-        metrics.waiting.set(len(self._sequences) - self.scheduler.num_running)
-        metrics.kv_blocks.set(self.pool.num_blocks)
-        metrics.kv_blocks_available.set(self.pool.num_available)
-        for state in AdapterState:
-            metrics.adapters.labels(state.name.lower()).set(self.residency.count(state))
-        preemptions = self.scheduler.num_preemptions
-        metrics.preemptions.inc(preemptions - self._counted_preemptions)
-        self._counted_preemptions = preemptions
-        metrics.proposed_tokens.inc(self.scheduler.num_proposed - self._counted_proposed)
-        metrics.accepted_tokens.inc(self.scheduler.num_accepted - self._counted_accepted)
-        self._counted_proposed = self.scheduler.num_proposed
-        self._counted_accepted = self.scheduler.num_accepted
+        """Hand over what has gathered."""
         if self._outbox:
             outbox, self._outbox = self._outbox, {}
             self._deliver(outbox)
@@ -589,13 +633,6 @@ def _with_computable_top_p(request: Generate) -> Generate:
         return request
     greedy = msgspec.structs.replace(request.sampling, temperature=0.0, top_p=1.0)
     return msgspec.structs.replace(request, sampling=greedy)
-
-
-def _adapter_label(sequence: Sequence) -> str:
-    adapter = sequence.request.adapter
-    if adapter is None:
-        return ""
-    return MERGED_ADAPTER if adapter.parts else adapter.name
 
 
 def _explain(ref: AdapterRef, error: AdapterError) -> str:

@@ -6,8 +6,8 @@ anything for this gateway, and `Rejected` for a request that ends without (more)
 with exactly one final message: a `SequenceOutput` whose `finish_reason` is set, or a `Rejected`. Closing the
 socket aborts every request that came over it.
 
-The engine's other HTTP routes: `/healthz`, `/readyz`, `/metrics`, `/v1/model` (`ModelFacts` as JSON) and
-`/v1/model/files/{name}` (the tokenizer files named in `ModelFacts.files`).
+The engine's other HTTP routes: `/healthz`, `/readyz`, `/metrics`, `/v1/model` (`ModelFacts` as JSON),
+`/v1/model/files/{name}` (the tokenizer files named in `ModelFacts.files`) and `/adapters` (`AdapterReport` as JSON).
 """
 
 from enum import StrEnum
@@ -18,6 +18,7 @@ import msgspec
 WIRE_PATH = "/v1/wire"
 FACTS_PATH = "/v1/model"
 FILES_PATH = "/v1/model/files"
+ADAPTERS_PATH = "/adapters"
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 
@@ -201,6 +202,57 @@ class ModelFacts(msgspec.Struct, frozen=True):
     """Names of the files at `FILES_PATH`: at least tokenizer.json and tokenizer_config.json."""
     digest: str
     """Changes whenever facts or files change."""
+
+
+class AdapterTier(StrEnum):
+    """Where the fastest copy of an adapter is."""
+
+    SOURCE = "source"
+    """Where its reference points; nothing of it is in memory."""
+    HOST = "host"
+    DEVICE = "device"
+
+
+class AdapterStatus(msgspec.Struct, frozen=True):
+    """One adapter that the engine knows. An adapter published anew is another one for as long as the old is in use."""
+
+    name: str
+    state: str
+    """wanted, fetching, on_host, copying, resident or failed."""
+    tier: AdapterTier
+    digest: str
+    """The first twelve digits of its identity; empty until it was read once."""
+    rank: int
+    """The largest of its ranks; 0 until it was read once."""
+    host_bytes: int
+    """Held in host memory now."""
+    device_bytes: int
+    """Held on the device now."""
+    slot: int | None
+    running: int
+    """Sequences that compute with it."""
+    waiting: int
+    """Sequences that wait, for it or for their turn."""
+    used_s_ago: float
+    """Seconds since it was last asked for or released."""
+    pinned: bool = False
+    reason: str = ""
+    """Why it failed, for the people who use it."""
+
+
+class AdapterReport(msgspec.Struct, frozen=True):
+    """Every adapter that the engine knows, the last used first, and what they take of its budgets."""
+
+    slots: int
+    slots_used: int
+    device_bytes: int
+    device_budget_bytes: int
+    host_adapters: int
+    host_bytes: int
+    host_budget_bytes: int
+    evictions: int
+    """Since the engine started."""
+    adapters: list[AdapterStatus]
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -12,7 +12,7 @@ already running finish on the old one.
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from engine.protocol import AdapterRef
@@ -81,6 +81,7 @@ class Entry:
     waiting: int = 0
     users: int = 0
     digest: str = ""
+    rank: int = 0
     host_bytes: int = 0
     device_bytes: int = 0
     slot: int | None = None
@@ -97,9 +98,10 @@ class Residency:
     """The books of every adapter in use, within the budgets (bytes) and the number of slots."""
 
     def __init__(self, slots: int, host_bytes: int, device_bytes: int) -> None:
+        self.num_slots = slots
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._host_budget = host_bytes
-        self._device_budget = device_bytes
+        self.host_budget_bytes = host_bytes
+        self.device_budget_bytes = device_bytes
         self._entries: dict[Version, Entry] = {}
         self._actions: list[Action] = []
         self.num_evictions = 0
@@ -150,22 +152,24 @@ class Residency:
         entry.users -= 1
         entry.used_s = now
 
-    def fetched(self, version: Version, digest: str, host_bytes: int, device_bytes: int, now: float) -> None:
+    def fetched(
+        self, version: Version, digest: str, host_bytes: int, device_bytes: int, now: float, rank: int = 0
+    ) -> None:
         """The host copy is there."""
         entry = self._entries[version]
         for size, budget, key in (
-            (host_bytes, self._host_budget, "adapter_host_mib"),
-            (device_bytes, self._device_budget, "adapter_device_mib"),
+            (host_bytes, self.host_budget_bytes, "adapter_host_mib"),
+            (device_bytes, self.device_budget_bytes, "adapter_device_mib"),
         ):
             if size > budget:
                 self._actions.append(Drop(version))
                 needs = f"needs {size / 2**20:.1f} MiB, more than {key} ({budget / 2**20:g})"
                 self.failed(version, f"The adapter {version.ref.name!r} {needs}.", now)
                 return
-        entry.state, entry.digest = AdapterState.ON_HOST, digest
+        entry.state, entry.digest, entry.rank = AdapterState.ON_HOST, digest, rank
         entry.host_bytes, entry.device_bytes, entry.held_on_host = host_bytes, device_bytes, True
         self._make_host_room(0)
-        if self._host_used() > self._host_budget:
+        if self._host_used() > self.host_budget_bytes:
             # Its size was not known before; it is fetched again once there is room for it.
             entry.state, entry.held_on_host = AdapterState.WANTED, False
             self._actions.append(Drop(version))
@@ -215,13 +219,22 @@ class Residency:
         """Names of the adapters that can be used without loading."""
         return [v.ref.name for v, e in self._entries.items() if e.state is AdapterState.RESIDENT]
 
+    def snapshot(self) -> list[tuple[Version, Entry]]:
+        """A copy of the books. May be called from another thread than all the rest."""
+        return [(version, replace(entry)) for version, entry in list(self._entries.items())]
+
+    def is_read(self, version: Version) -> bool:
+        """Whether its content is, or was, known to be usable."""
+        entry = self._entries.get(version)
+        return entry is not None and bool(entry.digest)
+
     def count(self, state: AdapterState) -> int:
         return sum(entry.state is state for entry in self._entries.values())
 
     def _place(self, version: Version, now: float) -> bool:
         """Reserve slot and bytes for a wanted adapter; False if it has to wait."""
         entry = self._entries[version]
-        while not self._free_slots or self._device_used() + entry.device_bytes > self._device_budget:
+        while not self._free_slots or self._device_used() + entry.device_bytes > self.device_budget_bytes:
             resident = [(v, e) for v, e in self._entries.items() if e.state is AdapterState.RESIDENT]
             idle = [(v, e) for v, e in resident if e.users == 0 and e.waiting == 0]
             if not idle:
@@ -268,10 +281,10 @@ class Residency:
         ]
         droppable.sort(key=lambda pair: pair[1].used_s)
         for version, entry in droppable:
-            if self._host_used() + num_bytes <= self._host_budget:
+            if self._host_used() + num_bytes <= self.host_budget_bytes:
                 break
             entry.held_on_host = False
             self._actions.append(Drop(version))
             if entry.state is AdapterState.ON_HOST:
                 del self._entries[version]
-        return self._host_used() + num_bytes <= self._host_budget
+        return self._host_used() + num_bytes <= self.host_budget_bytes

@@ -55,6 +55,8 @@ class Sequence:
     constraint: "Constraint | None" = None
     """Where it stands in its grammar, when it has one."""
     state: SequenceState = SequenceState.WAITING_ADAPTER
+    has_run: bool = False
+    """Whether it was in a step."""
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Filled while the prompt is computed, when asked for."""

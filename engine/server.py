@@ -11,6 +11,7 @@ import structlog
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from engine.protocol import (
+    ADAPTERS_PATH,
     FACTS_PATH,
     FILES_PATH,
     MAX_FRAME_BYTES,
@@ -81,6 +82,7 @@ class EngineServer:
                 web.get(WIRE_PATH, self._wire),
                 web.get(FACTS_PATH, self._serve_facts),
                 web.get(FILES_PATH + "/{name}", self._serve_file),
+                web.get(ADAPTERS_PATH, self._adapters),
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._metrics),
@@ -179,6 +181,13 @@ class EngineServer:
 
     async def _readyz(self, _: web.Request) -> web.Response:
         return _loading() if self._engine is None else web.Response(text="ready\n")
+
+    async def _adapters(self, _: web.Request) -> web.Response:
+        if self._engine is None:
+            return _loading()
+        return web.Response(
+            body=msgspec.json.encode(self._engine.adapters()), content_type="application/json"
+        )
 
     async def _metrics(self, _: web.Request) -> web.Response:
         if self._engine is None:

@@ -5,20 +5,27 @@ import importlib.util
 import json
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gateway.adapter_list import AdapterList
+from gateway.adapter_table import adapter_table
 from gateway.supervisor import Program, Supervisor
 
 EXIT_USAGE = 2
+WATCH_S = 2.0
 _REQUIREMENTS = {
     "engine": ("torch", "numpy", "safetensors", "gguf", "tokenizers"),
     "gateway": ("litestar", "tokenizers", "jinja2", "uvicorn"),
@@ -106,6 +113,36 @@ def models(url: UrlOption = "http://127.0.0.1:8000") -> None:
     for model in listed:
         table.add_row(model["id"], model.get("parent") or "", model.get("root") or "")
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@app.command()
+def adapters(
+    url: UrlOption = "http://127.0.0.1:8000",
+    every: Annotated[
+        bool, typer.Option("--all", "-a", help="Also the adapters that no engine has loaded.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="What the gateway said, for programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again every two seconds.")] = False,
+) -> None:
+    """Show where every adapter stands: loaded, waited for, failed; its memory and who uses it."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+
+    def look() -> bytes:
+        with _open(f"{_v1(url).removesuffix('/v1')}/adapters") as answer:
+            return answer.read()
+
+    def show() -> Group:
+        return adapter_table(msgspec.json.decode(look(), type=AdapterList), every=every)
+
+    if as_json:
+        typer.echo(msgspec.json.format(look(), indent=2))
+    elif not watch:
+        console.print(show())
+    else:
+        with suppress(KeyboardInterrupt), Live(show(), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(WATCH_S)
+                live.update(show(), refresh=True)
 
 
 @app.command()

@@ -16,11 +16,13 @@ import msgspec
 import structlog
 
 from engine.protocol import (
+    ADAPTERS_PATH,
     FACTS_PATH,
     FILES_PATH,
     MAX_FRAME_BYTES,
     WIRE_PATH,
     Abort,
+    AdapterReport,
     EngineStatus,
     Generate,
     ModelFacts,
@@ -39,6 +41,7 @@ SILENCE_S = 15.0
 """The engine reports every second; after this long without a frame the connection counts as lost."""
 CONNECT_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 60.0
+REPORT_TIMEOUT_S = 5.0
 RETRY_AFTER_S = 1.0
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -163,6 +166,15 @@ class EngineClient:
         if self._generations.pop(request_id, None) is not None:
             self._send(Abort(request_id))
 
+    async def adapters(self) -> AdapterReport:
+        """What the engine knows of its adapters. Raises `UnavailableError` when it does not say."""
+        try:
+            return msgspec.json.decode(await self._get(ADAPTERS_PATH, REPORT_TIMEOUT_S), type=AdapterReport)
+        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+            raise UnavailableError(
+                "The engine of this model is not available at the moment.", retry_after_s=RETRY_AFTER_S
+            ) from error
+
     async def run(self) -> None:
         """Connect, serve, reconnect, until cancelled. One task owns this."""
         backoff_s = FIRST_BACKOFF_S
@@ -196,8 +208,8 @@ class EngineClient:
         await asyncio.to_thread(self._on_files, facts, files)
         self._digest = facts.digest
 
-    async def _get(self, path: str) -> bytes:
-        timeout = aiohttp.ClientTimeout(total=FETCH_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+    async def _get(self, path: str, timeout_s: float = FETCH_TIMEOUT_S) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         async with self._session.get(self._url + path, timeout=timeout) as response:
             response.raise_for_status()
             return await response.read()

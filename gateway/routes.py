@@ -79,6 +79,12 @@ async def metrics(request: Request) -> ASGIApp:
     return ASGIResponse(body=metrics.text(), media_type="text/plain; version=0.0.4")
 
 
+@get("/adapters")
+async def adapters(request: Request) -> ASGIApp:
+    """Where every adapter stands, for people and dashboards."""
+    return _json(await _models(request).adapters())
+
+
 @get("/v1/models")
 async def list_models(request: Request) -> ASGIApp:
     """Every base model, and every adapter as `<base>/<task>`."""
@@ -174,6 +180,7 @@ ROUTES = [
     healthz,
     readyz,
     metrics,
+    adapters,
     list_models,
     retrieve_model,
     chat_completions,

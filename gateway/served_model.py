@@ -1,5 +1,6 @@
 """One base model as the gateway sees it: its text side, its adapters, its engine; and all of them by name."""
 
+import asyncio
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import aiohttp
 
 from engine.protocol import AdapterPart, AdapterRef, ModelFacts
+from gateway.adapter_list import AdapterList, ModelAdapters
 from gateway.catalog import Catalog, ListedAdapter
 from gateway.chat_template import ChatTemplate, ChatTemplateError, read_chat_template
 from gateway.config import GatewayConfig, ModelConfig
@@ -81,6 +83,17 @@ class ServedModel:
         tasks = "+".join(f"{part.weight:g}*{part.ref.name.rpartition('/')[2]}" for part in parts)
         return AdapterRef(name=f"{self.name}/{tasks}", uri="", parts=tuple(parts))
 
+    async def adapters(self) -> ModelAdapters:
+        """What its engine knows of its adapters, and those it does not know."""
+        listed = await asyncio.to_thread(self.catalog.listed)
+        try:
+            report = await self.client.adapters()
+        except UnavailableError:
+            report = None
+        known = {adapter.name for adapter in report.adapters} if report else set()
+        names = (f"{self.name}/{adapter.task}" for adapter in listed)
+        return ModelAdapters(self.name, report, [name for name in names if name not in known])
+
     def card(self) -> Model:
         return Model(
             id=self.name,
@@ -147,6 +160,10 @@ class ServedModels:
             for model in self
             for card in [model.card(), *(model.adapter_card(adapter) for adapter in model.catalog.listed())]
         ]
+
+    async def adapters(self) -> AdapterList:
+        """Asks every engine at once; one that is down takes nothing from the others."""
+        return AdapterList(list(await asyncio.gather(*(model.adapters() for model in self))))
 
     def find_card(self, model_id: str) -> Model:
         """Raises `ModelNotFoundError`. Reads directories."""

@@ -2,9 +2,10 @@
 
 import math
 import queue
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -122,6 +123,16 @@ class World:
                 return True
             time.sleep(0.005)
         return False
+
+
+def eventually(claim: Callable[[], bool]) -> bool:
+    """Whether it becomes true within five seconds."""
+    deadline = time.monotonic() + 5
+    while not claim():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
 
 
 @pytest.fixture
@@ -502,3 +513,73 @@ def test_the_metrics_count_what_happened(world):
     assert "loraland_engine_generated_tokens_total 4.0" in text
     assert 'loraland_engine_requests_total{adapter="good",outcome="length"} 1.0' in text
     assert 'loraland_engine_adapters{state="resident"} 1.0' in text
+    assert 'loraland_engine_adapter_prompt_tokens_total{adapter="good"} 20.0' in text
+    assert 'loraland_engine_adapter_generated_tokens_total{adapter="good"} 4.0' in text
+    assert 'loraland_engine_adapter_queue_seconds_count{adapter="good"} 1.0' in text
+    assert 'loraland_engine_adapter_inter_token_seconds_count{adapter="good"} 3.0' in text
+    assert "loraland_engine_queue_seconds_count 1.0" in text
+    assert "loraland_engine_step_tokens_sum 23.0" in text, "twenty of the prompt, then three decodes"
+    assert "loraland_engine_step_adapters_sum 4.0" in text
+    for tier in ("host", "device"):
+        assert f'loraland_engine_adapter_load_seconds_count{{tier="{tier}"}} 1.0' in text
+        assert f'loraland_engine_adapters_held{{tier="{tier}"}} 1.0' in text
+        assert f'loraland_engine_adapter_bytes{{tier="{tier}"}} 64.0' in text
+
+
+def test_the_router_is_told_which_adapters_are_loaded_and_which_are_wanted(world):
+    world.submit("one", "good")
+    world.wait("one")
+    world.submit("two", "slow")
+    assert eventually(lambda: "slow" in world.adapters.reads)
+    text = world.engine.metrics.render().decode()
+    found = re.search(
+        r'^vllm:lora_requests_info{max_lora="2",running_lora_adapters="good",waiting_lora_adapters="slow"} (\S+)$',
+        text,
+        re.MULTILINE,
+    )
+    assert found is not None and abs(float(found[1]) - time.time()) < 60
+    assert 'vllm:num_requests_running{model_name="fake"} 0.0' in text
+    assert 'vllm:num_requests_waiting{model_name="fake"} 1.0' in text
+    assert re.search(r'^vllm:kv_cache_usage_perc{model_name="fake"} 0.0$', text, re.MULTILINE)
+    world.adapters.release.set()
+    world.wait("two")
+
+
+def test_the_report_says_where_every_adapter_stands():
+    world = World(FakeRunner(64, 16, step_s=0.01))
+    try:
+        world.submit("one", "good", max_tokens=200)
+        world.messages.get(timeout=5)
+        world.submit("two", "slow")
+        world.submit("three", "bad")
+        assert eventually(lambda: "slow" in world.adapters.reads)
+        found = {adapter.name: adapter for adapter in world.engine.adapters().adapters}
+        good, slow, bad = found["good"], found["slow"], found["bad"]
+        assert (good.state, good.tier, good.running, good.waiting) == ("resident", "device", 1, 0)
+        assert (good.rank, good.host_bytes, good.device_bytes, good.digest) == (2, 64, 64, "good-1")
+        assert (slow.state, slow.tier, slow.slot, slow.waiting) == ("fetching", "source", None, 1)
+        assert (bad.state, bad.waiting, bad.reason) == ("wanted", 1, "")
+        world.adapters.release.set()
+        world.wait("three")
+        report = world.engine.adapters()
+        bad = next(adapter for adapter in report.adapters if adapter.name == "bad")
+        assert bad.state == "failed" and "cut off" in bad.reason and bad.waiting == 0
+        assert (report.slots, report.device_budget_bytes, report.host_bytes) == (2, 512 * 2**20, 128)
+    finally:
+        world.adapters.release.set()
+        world.engine.stop()
+
+
+def test_a_request_that_is_preempted_waited_only_once():
+    world = World(FakeRunner(6, 16))
+    try:
+        for name in "ab":
+            world.submit(name, prompt=(5,) * 32, max_tokens=40)
+        for name in "ab":
+            world.wait(name)
+        text = world.engine.metrics.render().decode()
+        assert not re.search(r"^loraland_engine_preemptions_total 0.0$", text, re.MULTILINE)
+        assert "loraland_engine_queue_seconds_count 2.0" in text
+        assert "loraland_engine_prompt_tokens_total 64.0" in text
+    finally:
+        world.engine.stop()

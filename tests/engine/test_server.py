@@ -16,10 +16,12 @@ from engine.config import EngineConfig
 from engine.fake_runner import FakeRunner
 from engine.loop import EngineLoop, ModelLimits
 from engine.protocol import (
+    ADAPTERS_PATH,
     FACTS_PATH,
     FILES_PATH,
     WIRE_PATH,
     Abort,
+    AdapterReport,
     EngineStatus,
     Generate,
     ModelFacts,
@@ -164,12 +166,14 @@ async def test_facts_files_health_and_metrics(edge):
     assert (await edge.client.get("/healthz")).status == 200
     assert (await edge.client.get("/readyz")).status == 200
     assert "loraland_engine_running_sequences" in await (await edge.client.get("/metrics")).text()
+    report = msgspec.json.decode(await (await edge.client.get(ADAPTERS_PATH)).read(), type=AdapterReport)
+    assert report.slots == 64 and report.adapters == []
 
 
 async def test_before_the_model_is_loaded_it_is_alive_but_not_ready():
     async with TestClient(TestServer(EngineServer().app)) as client:
         assert (await client.get("/healthz")).status == 200
-        for path in ("/readyz", FACTS_PATH, WIRE_PATH, "/metrics"):
+        for path in ("/readyz", FACTS_PATH, WIRE_PATH, ADAPTERS_PATH, "/metrics"):
             response = await client.get(path)
             assert response.status == 503 and response.headers["Retry-After"] == "1"
 
@@ -188,8 +192,8 @@ class Deaf:
         sampling = SamplingParams(40_000, temperature=0.0, ignore_eos=True, logprobs=20)
         for number in range(requests):
             frame = encode(Generate(str(number), [5, 6, 7], sampling))
-            assert len(frame) < 126
-            self._socket.sendall(bytes([0x82, 0x80 | len(frame), 0, 0, 0, 0]) + frame)
+            header = bytes([0x82, 0x80 | 126]) + len(frame).to_bytes(2, "big") + bytes(4)
+            self._socket.sendall(header + frame)
 
     def close(self) -> None:
         self._socket.close()

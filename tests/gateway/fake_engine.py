@@ -8,10 +8,12 @@ import msgspec
 from aiohttp import WSMsgType, web
 
 from engine.protocol import (
+    ADAPTERS_PATH,
     FACTS_PATH,
     FILES_PATH,
     WIRE_PATH,
     Abort,
+    AdapterReport,
     EngineStatus,
     FinishReason,
     Generate,
@@ -57,6 +59,7 @@ class FakeEngine:
         self.silent = False
         """Accept requests but make no tokens."""
         self.cached_tokens = 0
+        self.report = AdapterReport(2, 0, 0, 2**20, 0, 0, 2**20, 0, [])
         self.requests: list[Generate] = []
         self.aborted: list[str] = []
 
@@ -73,6 +76,7 @@ class FakeEngine:
         app = web.Application(client_max_size=2**26)
         app.router.add_get(FACTS_PATH, self._facts)
         app.router.add_get(FILES_PATH + "/{name}", self._file)
+        app.router.add_get(ADAPTERS_PATH, self._adapters)
         app.router.add_get(WIRE_PATH, self._wire)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -101,6 +105,9 @@ class FakeEngine:
 
     async def _file(self, request: web.Request) -> web.Response:
         return web.Response(body=self.files[request.match_info["name"]])
+
+    async def _adapters(self, _: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(self.report), content_type="application/json")
 
     async def _wire(self, request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse(max_msg_size=2**26)

@@ -7,7 +7,15 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer as HfTokenizer
 
-from engine.protocol import AdapterRef, Generate, RejectCode, Rejected
+from engine.protocol import (
+    AdapterRef,
+    AdapterReport,
+    AdapterStatus,
+    AdapterTier,
+    Generate,
+    RejectCode,
+    Rejected,
+)
 from tests.gateway.conftest import MAX_MODEL_LEN, Gateway, encode, wait_until
 from tests.gateway.fake_engine import FakeEngine
 
@@ -536,3 +544,18 @@ def test_several_tokens_at_once_read_like_one_after_the_other(
     several = http.post("/v1/completions", json=body).json()
     assert several["choices"] == single["choices"]
     assert several["usage"] == single["usage"]
+
+
+def test_adapters_says_what_the_engine_knows_and_what_it_does_not(
+    http: httpx.Client, gateway: Gateway, engine: FakeEngine
+) -> None:
+    loaded = AdapterStatus(
+        "base/colours", "resident", AdapterTier.DEVICE, "0123456789ab", 8, 2**20, 2**20, 1, 2, 0, 3.0
+    )
+    engine.report = AdapterReport(2, 1, 2**20, 2**21, 1, 2**20, 2**22, 5, [loaded])
+    base, absent = http.get("/adapters").raise_for_status().json()["models"]
+    assert base["unloaded"] == ["base/shapes"]
+    assert base["engine"]["evictions"] == 5
+    assert base["engine"]["adapters"][0]["name"] == "base/colours"
+    assert base["engine"]["adapters"][0]["running"] == 2
+    assert (absent["model"], absent["engine"]) == ("org/absent", None), "one that is down hides nothing"

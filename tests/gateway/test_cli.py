@@ -37,13 +37,64 @@ MODELS = {
 }
 
 
+ADAPTERS = {
+    "models": [
+        {
+            "model": "base",
+            "unloaded": ["base/cold"],
+            "engine": {
+                "slots": 4,
+                "slots_used": 1,
+                "device_bytes": 1572864,
+                "device_budget_bytes": 2**29,
+                "host_adapters": 1,
+                "host_bytes": 1572864,
+                "host_budget_bytes": 2**30,
+                "evictions": 3,
+                "adapters": [
+                    {
+                        "name": "base/task",
+                        "state": "resident",
+                        "tier": "device",
+                        "digest": "0123456789ab",
+                        "rank": 8,
+                        "host_bytes": 1572864,
+                        "device_bytes": 1572864,
+                        "slot": 0,
+                        "running": 2,
+                        "waiting": 1,
+                        "used_s_ago": 125.0,
+                    },
+                    {
+                        "name": "base/sick",
+                        "state": "failed",
+                        "tier": "source",
+                        "digest": "",
+                        "rank": 0,
+                        "host_bytes": 0,
+                        "device_bytes": 0,
+                        "slot": None,
+                        "running": 0,
+                        "waiting": 0,
+                        "used_s_ago": 4.0,
+                        "reason": "The file is cut off.",
+                    },
+                ],
+            },
+        },
+        {"model": "gone", "engine": None, "unloaded": []},
+    ]
+}
+
+
 class Gateway(BaseHTTPRequestHandler):
     """`models/base/task` answers "wie geht's"; any other model is not found; model `dies` fails in mid-stream."""
 
     asked: list[dict]
 
     def do_GET(self) -> None:
-        self._send(200, json.dumps(MODELS).encode())
+        body = MODELS if self.path.startswith("/v1/models") else ADAPTERS
+        self._send(200 if self.path in ("/v1/models", "/adapters") else 404, json.dumps(body).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -83,7 +134,7 @@ def url() -> Iterator[str]:
 
 def test_every_command_has_help():
     top = RUNNER.invoke(cli.app, ["--help"]).output
-    for command in ("serve", "engine", "gateway", "models", "chat"):
+    for command in ("serve", "engine", "gateway", "models", "adapters", "chat"):
         assert command in top
         assert RUNNER.invoke(cli.app, [command, "--help"]).exit_code == 0
 
@@ -113,6 +164,39 @@ def test_models_refuses_an_address_without_a_scheme():
     result = RUNNER.invoke(cli.app, ["models", "--url", "localhost:8000"])
     assert result.exit_code == 2
     assert "http://" in result.output
+
+
+@pytest.mark.parametrize("suffix", ["", "/v1/"])
+def test_adapters_shows_state_memory_and_use(url: str, suffix: str):
+    result = RUNNER.invoke(cli.app, ["adapters", "--url", url + suffix])
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.output.splitlines()]
+    assert lines[0][:6] == ["base:", "1", "of", "4", "slots,", "1.5"]
+    assert lines[2] == ["task", "resident", "8", "1.5", "2", "1", "2", "min", "ago", "0", "0123456789ab"]
+    assert "The file is cut off." in result.output
+    assert "gone: the engine does not answer" in result.output
+    assert "cold" not in result.output and "1 more" in result.output
+    assert "cold" in RUNNER.invoke(cli.app, ["adapters", "--all", "--url", url]).output
+
+
+def test_adapters_gives_programs_what_the_gateway_said(url: str):
+    result = RUNNER.invoke(cli.app, ["adapters", "--json", "--url", url])
+    assert json.loads(result.output) == ADAPTERS
+
+
+def test_watching_adapters_looks_again_until_interrupted(url: str, monkeypatch: pytest.MonkeyPatch):
+    looks = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gateway.cli.time.sleep", sleep)
+    result = RUNNER.invoke(cli.app, ["adapters", "--watch", "--url", url])
+    assert (result.exit_code, looks) == (0, 3)
+    assert "resident" in result.output
 
 
 def test_chat_prints_the_streamed_answer(url: str):
