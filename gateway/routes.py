@@ -275,7 +275,7 @@ async def _prompt(given: str | list[int], text: ModelText, *, echo: bool, scores
 
 def _job(
     prefix: str,
-    fields: GenerationFields,
+    fields: ChatFields | CompletionFields,
     text: ModelText,
     adapter: AdapterRef | None,
     prompts: list[Prompt],
