@@ -137,8 +137,11 @@ def load(
     """Load the model (in a thread) and attach a started loop to the server. Raises `LoadError`."""
     from engine.adapter import read_adapter
     from engine.checkpoint import CheckpointError, open_checkpoint
+    from engine.disk_cache import DiskCache
     from engine.grammar import GrammarCompiler
     from engine.loop import EngineLoop, ModelLimits
+    from engine.peft import largest_file
+    from engine.sources import Limits, Sources
     from engine.spec import SpecError
 
     try:
@@ -167,12 +170,19 @@ def load(
     spec = checkpoint.spec
     max_model_len = min(config.max_model_len, spec.max_position_embeddings)
 
+    sources = Sources(
+        config.adapter_sources,
+        DiskCache(adapter_directory(config), config.adapter_disk_mib * 2**20),
+        Limits(largest_file(spec), allow_private=config.adapter_allow_private),
+        config.adapter_recheck_s,
+    )
     engine = EngineLoop(
         runner,
         config,
         ModelLimits(spec.vocab_size, max_model_len, spec.eos_token_ids),
         server.deliver,
-        read_adapter=functools.partial(read_adapter, spec=spec),
+        read_adapter=functools.partial(read_adapter, spec=spec, sources=sources),
+        version_of=sources.version_of,
         device_bytes=lambda adapter: adapter.device_bytes(item_bytes),
         on_crash=on_crash,
         grammars=GrammarCompiler(checkpoint.files["tokenizer.json"], spec.vocab_size, spec.eos_token_ids),
@@ -182,6 +192,13 @@ def load(
     server.attach(engine, facts, checkpoint.files)
     log.info("engine_ready", model=config.name, max_model_len=facts.max_model_len)
     return engine
+
+
+def adapter_directory(config: EngineConfig) -> Path:
+    """Where remote adapters are kept on disk."""
+    if config.adapter_disk_dir:
+        return Path(config.adapter_disk_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraland" / "adapters"
 
 
 def model_facts(config: EngineConfig, checkpoint: "Checkpoint", max_model_len: int) -> ModelFacts:

@@ -40,6 +40,17 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Adapters that can be resident at once."""
     adapter_device_mib: int = 512
     adapter_host_mib: int = 1024
+    adapter_sources: tuple[str, ...] = ("file://",)
+    """Where adapters may come from, as beginnings of URIs; `file://` is every local directory."""
+    adapter_allow_private: bool = False
+    """Whether web sources may lie at private, loopback or link-local addresses."""
+    adapter_disk_dir: str = ""
+    """Where remote adapters are kept; empty for a directory in the user's cache."""
+    adapter_disk_mib: int = 4096
+    adapter_recheck_s: float = 60.0
+    """How long a remote adapter is taken for unchanged."""
+    adapter_loaders: int = 4
+    """Adapters that are fetched at the same time."""
     prefix_caching: bool = True
     kernels: Literal["auto", "native", "torch"] = "auto"
     batch_invariant: bool = False
@@ -67,7 +78,10 @@ def load_config(path: str | Path) -> EngineConfig:
     check_config(config, str(path))
     if not config.model.startswith(("package:", "hf://")):
         config = msgspec.structs.replace(config, model=str(path.absolute().parent / config.model))
-    return config
+    root = path.absolute().parent
+    sources = tuple(each if "://" in each else str(root / each) for each in config.adapter_sources)
+    disk = config.adapter_disk_dir and str(root / Path(config.adapter_disk_dir).expanduser())
+    return msgspec.structs.replace(config, adapter_sources=sources, adapter_disk_dir=disk)
 
 
 def check_config(config: EngineConfig, source: str) -> None:
@@ -86,6 +100,9 @@ def check_config(config: EngineConfig, source: str) -> None:
         "adapter_slots": 1,
         "adapter_device_mib": 1,
         "adapter_host_mib": 1,
+        "adapter_disk_mib": 0,
+        "adapter_recheck_s": 0,
+        "adapter_loaders": 1,
     }
     for key, low in lowest.items():
         if getattr(config, key) < low:

@@ -19,11 +19,11 @@ from typing import Any
 import msgspec
 import structlog
 
-from engine.adapter import AdapterError, AdapterNotFoundError, HostAdapter, version_of
 from engine.adapter_report import adapter_report
 from engine.admission import make_room
 from engine.config import EngineConfig
 from engine.grammar import Constraint, GrammarCompiler, GrammarError
+from engine.host_adapter import AdapterError, AdapterNotFoundError, HostAdapter
 from engine.kv_blocks import BlockPool
 from engine.metrics import MERGED_ADAPTER, UNKNOWN_ADAPTER, EngineMetrics, Observation
 from engine.protocol import (
@@ -71,6 +71,7 @@ class EngineLoop:
 
     Args:
         read_adapter: Reads and checks an adapter's files (loader thread); raises `AdapterError`.
+        version_of: Changes when an adapter is published anew; must not wait. Raises `AdapterError`.
         device_bytes: Bytes of an adapter in device form.
         grammars: Compiles what answers must follow; without it such requests are refused.
         on_crash: Called on the loop's thread when its own bookkeeping failed and it had to end. The process must
@@ -87,7 +88,7 @@ class EngineLoop:
         read_adapter: Callable[[AdapterRef], HostAdapter],
         device_bytes: Callable[[HostAdapter], int],
         metrics: EngineMetrics | None = None,
-        version_of: Callable[[AdapterRef], Hashable] = version_of,
+        version_of: Callable[[AdapterRef], Hashable],
         clock: Callable[[], float] = time.monotonic,
         on_crash: Callable[[], None] = lambda: None,
         grammars: GrammarCompiler | None = None,
@@ -117,10 +118,15 @@ class EngineLoop:
         )
         mib = 2**20
         self.residency = Residency(
-            config.adapter_slots, config.adapter_host_mib * mib, config.adapter_device_mib * mib
+            config.adapter_slots,
+            config.adapter_host_mib * mib,
+            config.adapter_device_mib * mib,
+            config.adapter_loaders,
         )
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._loader = ThreadPoolExecutor(1, "adapter-loader", initializer=runner.enter_loader_thread)
+        self._loader = ThreadPoolExecutor(
+            config.adapter_loaders, "adapter-loader", initializer=runner.enter_loader_thread
+        )
         self._host: dict[Version, HostAdapter] = {}
         self._sequences: dict[tuple[int, str], Sequence] = {}
         self._versions: dict[int, Version] = {}

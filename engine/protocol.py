@@ -28,7 +28,8 @@ class AdapterRef(msgspec.Struct, frozen=True):
     name: str
     """What people call it: `<base>/<task>`; used in messages and metrics only."""
     uri: str
-    """A local directory in PEFT format (a path, or `file://`)."""
+    """A directory in PEFT format: a path, `file://`, `hf://org/repo@revision`, `s3://` or what else fsspec reads, or
+    `https://` of a directory or an archive."""
     sha256: str | None = None
     """When given, the digest of `adapter_model.safetensors`; anything else is refused."""
     parts: tuple["AdapterPart", ...] = ()

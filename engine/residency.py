@@ -32,12 +32,26 @@ class AdapterState(Enum):
     FAILED = auto()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Version:
-    """One adapter as it was when a request asked for it."""
+    """One adapter as it was when a request asked for it. One place under two names is one adapter."""
 
     ref: AdapterRef
     signature: Hashable
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Version) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> Hashable:
+        return _place(self.ref), self.signature
+
+
+def _place(ref: AdapterRef) -> Hashable:
+    return ref.uri, ref.sha256, tuple((_place(part.ref), part.weight) for part in ref.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +111,8 @@ class Entry:
 class Residency:
     """The books of every adapter in use, within the budgets (bytes) and the number of slots."""
 
-    def __init__(self, slots: int, host_bytes: int, device_bytes: int) -> None:
+    def __init__(self, slots: int, host_bytes: int, device_bytes: int, loaders: int = 1) -> None:
+        self._loaders = loaders
         self.num_slots = slots
         self._free_slots = list(range(slots - 1, -1, -1))
         self.host_budget_bytes = host_bytes
@@ -195,12 +210,13 @@ class Residency:
         for version in self._waiting_in(AdapterState.ON_HOST):
             if not self._place(version, now):
                 break
-        if not self.count(AdapterState.FETCHING):
-            for version in self._waiting_in(AdapterState.WANTED)[:1]:
-                entry = self._entries[version]
-                if self._make_host_room(entry.host_bytes):
-                    entry.state = AdapterState.FETCHING
-                    self._actions.append(Fetch(version))
+        idle = self._loaders - self.count(AdapterState.FETCHING)
+        for version in self._waiting_in(AdapterState.WANTED)[: max(0, idle)]:
+            entry = self._entries[version]
+            if not self._make_host_room(entry.host_bytes):
+                break
+            entry.state = AdapterState.FETCHING
+            self._actions.append(Fetch(version))
         for version, entry in list(self._entries.items()):
             forgotten = entry.state is AdapterState.FAILED and now - entry.used_s >= RETRY_FAILED_S
             if entry.waiting == 0 and (forgotten or entry.state is AdapterState.WANTED):

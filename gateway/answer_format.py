@@ -6,12 +6,12 @@ import msgspec
 
 from engine.protocol import Grammar
 from gateway.errors import InvalidRequestError
-from gateway.openai_schema import ChatFields, CompletionFields
+from gateway.openai_schema import ChatFields, GenerationFields
 
 MAX_CHOICES = 1000
 
 
-def grammar_of(fields: ChatFields | CompletionFields) -> Grammar | None:
+def grammar_of(fields: GenerationFields) -> Grammar | None:
     """The grammar that a request asks for, or None.
 
     Raises:

@@ -14,6 +14,8 @@ from gateway.config import TASK, ModelConfig, is_uri
 
 CONFIG_FILE = "adapter_config.json"
 """What makes a directory an adapter."""
+SHA256 = "#sha256="
+"""In an entry of the table: what follows is the digest that `adapter_model.safetensors` must have."""
 MAX_NAME_BYTES = 200
 
 
@@ -38,8 +40,10 @@ class Catalog:
         """The adapter called `<base>/<task>`, or None. Costs a `stat` or two."""
         if not is_safe_name(task):
             return None
-        if (place := self._table.get(task)) is not None:
-            return self._ref(task, place) if is_uri(place) or _is_adapter(place) else None
+        if task in self._table:
+            place, _, sha256 = self._table[task].partition(SHA256)
+            there = is_uri(place) or _is_adapter(place)
+            return self._ref(task, place, sha256 or None) if there else None
         for template in self._templates:
             if is_uri(template):
                 return self._ref(task, template.replace(TASK, quote(task, safe="")))
@@ -61,13 +65,15 @@ class Catalog:
         return sorted(found.values(), key=lambda adapter: adapter.task)
 
     def _places(self) -> Iterator[tuple[str, str]]:
-        yield from ((task, place) for task, place in self._table.items() if not is_uri(place))
+        yield from (
+            (task, place.partition(SHA256)[0]) for task, place in self._table.items() if not is_uri(place)
+        )
         for template in self._templates:
             if not is_uri(template):
                 yield from ((t, place) for t, place in _scan(template) if t not in self._table)
 
-    def _ref(self, task: str, uri: str) -> AdapterRef:
-        return AdapterRef(name=f"{self._base}/{task}", uri=uri)
+    def _ref(self, task: str, uri: str, sha256: str | None = None) -> AdapterRef:
+        return AdapterRef(name=f"{self._base}/{task}", uri=uri, sha256=sha256)
 
 
 def is_safe_name(task: str) -> bool:

@@ -135,7 +135,7 @@ def stops_of(fields: GenerationFields) -> list[str]:
 
 
 def sampling_of(
-    fields: ChatFields | CompletionFields, *, logprobs: int | None, prompt_logprobs: int | None
+    fields: GenerationFields, *, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
     """Everything but `max_tokens` (here 0), which depends on the prompt's length."""
     or_else = _or_else

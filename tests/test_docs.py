@@ -61,7 +61,7 @@ def as_toml(value: Any) -> str:
         case str():
             return f'"{value}"'
         case list() | tuple():
-            return "[]" if not value else str(list(value))
+            return f"[{', '.join(map(as_toml, value))}]"
         case _:
             return str(value)
 

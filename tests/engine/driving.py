@@ -6,12 +6,26 @@ from pathlib import Path
 from engine.adapter import read_adapter
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.config import EngineConfig
+from engine.disk_cache import DiskCache
+from engine.host_adapter import HostAdapter
 from engine.kv_blocks import BlockPool
+from engine.peft import largest_file
 from engine.protocol import AdapterRef, Generate, SamplingParams
 from engine.runner import ModelRunner
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import Sequence
+from engine.sources import LOCAL, Limits, Sources
+from engine.spec import ModelSpec
 from engine.step import StepPlan
+
+
+def local_sources(spec: ModelSpec) -> Sources:
+    """Local directories, nothing on disk."""
+    return Sources((LOCAL,), DiskCache(Path("nowhere"), 0), Limits(largest_file(spec)), 60.0)
+
+
+def read_local(ref: AdapterRef, spec: ModelSpec) -> HostAdapter:
+    return read_adapter(ref, spec, local_sources(spec))
 
 
 class Driver:
@@ -35,7 +49,7 @@ class Driver:
         self.slots: dict[str, tuple[int, str]] = {}
         for slot, (name, path) in enumerate((adapters or {}).items()):
             ref = path if isinstance(path, AdapterRef) else AdapterRef(name, str(path))
-            adapter = read_adapter(ref, self.checkpoint.spec)
+            adapter = read_local(ref, self.checkpoint.spec)
             self.runner.install_adapter(slot, self.runner.prepare_adapter(adapter))
             self.slots[name] = slot, adapter.digest
         self.pool = BlockPool(pool_blocks or self.runner.num_blocks, self.runner.block_size)

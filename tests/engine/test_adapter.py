@@ -16,15 +16,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from engine.adapter import (
-    AdapterError,
-    AdapterNotFoundError,
-    adapter_version,
-    read_adapter,
-)
 from engine.checkpoint import open_checkpoint
+from engine.host_adapter import AdapterError, AdapterNotFoundError
 from engine.protocol import AdapterRef
+from engine.sources import local_version
 from engine.spec import LINEAR_BLOCKS, ModelSpec
+from tests.engine.driving import read_local
 from tests.engine.tiny import write_tiny_adapter, write_tiny_model
 
 WEIGHTS = "adapter_model.safetensors"
@@ -91,7 +88,7 @@ def key(layer: int, module: str, half: str) -> str:
 def test_weights_and_scalings_are_those_of_peft(
     targets: Any, options: dict[str, Any], model_dir: Path, spec: ModelSpec, tmp_path: Path
 ) -> None:
-    adapter = read_adapter(ref(write_tiny_adapter(tmp_path, model_dir, 4, targets, seed=3, **options)), spec)
+    adapter = read_local(ref(write_tiny_adapter(tmp_path, model_dir, 4, targets, seed=3, **options)), spec)
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path))
     layers = {name: module for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
@@ -109,48 +106,47 @@ def test_weights_and_scalings_are_those_of_peft(
 
 def test_weights_stay_in_the_dtype_they_were_stored_in(adapter_dir: Path, spec: ModelSpec) -> None:
     change_weights(adapter_dir, lambda weights: weights.update({n: t.bfloat16() for n, t in weights.items()}))
-    adapter = read_adapter(ref(adapter_dir), spec)
+    adapter = read_local(ref(adapter_dir), spec)
     assert adapter.modules[0, "q_proj"].a.dtype == torch.bfloat16
 
 
 def test_the_digest_is_of_what_is_computed(pristine: Path, adapter_dir: Path, spec: ModelSpec) -> None:
-    digest = read_adapter(ref(pristine), spec).digest
+    digest = read_local(ref(pristine), spec).digest
     change_config(adapter_dir, lora_dropout=0.5, revision="main")
-    assert read_adapter(ref(adapter_dir, name="base/other"), spec).digest == digest
+    assert read_local(ref(adapter_dir, name="base/other"), spec).digest == digest
     change_config(adapter_dir, lora_alpha=3)
-    scaled = read_adapter(ref(adapter_dir), spec).digest
+    scaled = read_local(ref(adapter_dir), spec).digest
     change_weights(adapter_dir, lambda weights: weights[key(0, "q_proj", "A")].add_(1))
-    assert len({digest, scaled, read_adapter(ref(adapter_dir), spec).digest}) == 3
+    assert len({digest, scaled, read_local(ref(adapter_dir), spec).digest}) == 3
 
 
 def test_a_pinned_sha256_must_match(pristine: Path, spec: ModelSpec) -> None:
     sha256 = hashlib.sha256((pristine / WEIGHTS).read_bytes()).hexdigest()
-    assert read_adapter(ref(pristine, sha256=sha256.upper()), spec).rank == 4
+    assert read_local(ref(pristine, sha256=sha256.upper()), spec).rank == 4
     with pytest.raises(AdapterError, match=f"its sha256 is {sha256}, the catalog says 0{{64}}"):
-        read_adapter(ref(pristine, sha256="0" * 64), spec)
+        read_local(ref(pristine, sha256="0" * 64), spec)
 
 
 def test_a_file_uri_is_a_path(pristine: Path, tmp_path: Path, spec: ModelSpec) -> None:
     spaced = Path(shutil.copytree(pristine, tmp_path / "with space"))
-    assert read_adapter(ref(spaced.as_uri()), spec).digest == read_adapter(ref(pristine), spec).digest
-    for uri in ("s3://bucket/adapter", "https://example.org/a", "file://host/adapter"):
-        with pytest.raises(AdapterError, match="only local directories"):
-            adapter_version(uri)
+    assert read_local(ref(spaced.as_uri()), spec).digest == read_local(ref(pristine), spec).digest
+    with pytest.raises(AdapterError, match="cannot name a host"):
+        local_version("file://host/adapter")
 
 
 def test_a_version_changes_when_an_adapter_is_published_anew(adapter_dir: Path) -> None:
-    before = adapter_version(str(adapter_dir))
-    assert adapter_version(str(adapter_dir)) == before
+    before = local_version(str(adapter_dir))
+    assert local_version(str(adapter_dir)) == before
     os.utime(adapter_dir / WEIGHTS, ns=(1, 1))
-    assert adapter_version(str(adapter_dir)) != before
+    assert local_version(str(adapter_dir)) != before
 
 
 @pytest.mark.parametrize("uri", ["/no/such/directory", "", "\0", "x" * 5000, "file:///no/such"])
 def test_an_absent_adapter_is_not_found(uri: str, spec: ModelSpec) -> None:
     with pytest.raises(AdapterNotFoundError):
-        adapter_version(uri)
+        local_version(uri)
     with pytest.raises(AdapterNotFoundError):
-        read_adapter(ref(uri), spec)
+        read_local(ref(uri), spec)
 
 
 def _only_a_pickle(directory: Path) -> None:
@@ -189,7 +185,7 @@ def test_a_damaged_directory_names_file_and_cause(
 ) -> None:
     damage(adapter_dir)
     with pytest.raises(AdapterError, match=message):
-        read_adapter(ref(adapter_dir), spec)
+        read_local(ref(adapter_dir), spec)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +237,7 @@ def test_a_config_that_cannot_be_served_names_its_key(
 ) -> None:
     change_config(adapter_dir, **changes)
     with pytest.raises(AdapterError, match=message):
-        read_adapter(ref(adapter_dir), spec)
+        read_local(ref(adapter_dir), spec)
 
 
 Q_A, Q_B = key(0, "q_proj", "A"), key(0, "q_proj", "B")
@@ -284,7 +280,7 @@ def test_weights_that_do_not_fit_name_the_tensor(
 ) -> None:
     change_weights(adapter_dir, change)
     with pytest.raises(AdapterError, match=message):
-        read_adapter(ref(adapter_dir), spec)
+        read_local(ref(adapter_dir), spec)
 
 
 def test_an_adapter_of_a_deeper_or_shallower_base_is_refused(pristine: Path, spec: ModelSpec) -> None:
@@ -292,17 +288,17 @@ def test_an_adapter_of_a_deeper_or_shallower_base_is_refused(pristine: Path, spe
     with pytest.raises(
         AdapterError, match=r"model.layers.2.*: this base has 2 layers; the adapter's config names"
     ):
-        read_adapter(ref(pristine), shallow)
+        read_local(ref(pristine), shallow)
     with pytest.raises(
         AdapterError, match=r"nothing for 1 of the base's 4, first model.layers.3.self_attn.q_proj;"
     ):
-        read_adapter(ref(pristine), deep)
+        read_local(ref(pristine), deep)
 
 
 def test_layers_left_out_on_purpose_are_no_error(adapter_dir: Path, spec: ModelSpec) -> None:
     change_weights(adapter_dir, lambda w: [w.pop(name) for name in list(w) if ".layers.1." not in name])
     change_config(adapter_dir, layers_to_transform=[1])
-    assert set(read_adapter(ref(adapter_dir), spec).modules) == {(1, "q_proj"), (1, "v_proj")}
+    assert set(read_local(ref(adapter_dir), spec).modules) == {(1, "q_proj"), (1, "v_proj")}
 
 
 @pytest.mark.parametrize(
@@ -327,21 +323,21 @@ def test_an_adapter_that_names_another_base_is_refused(
 ) -> None:
     change_config(adapter_dir, base_model_name_or_path=trained_on)
     if not refused:
-        assert read_adapter(ref(adapter_dir, name=f"{served}/task"), spec).rank == 4
+        assert read_local(ref(adapter_dir, name=f"{served}/task"), spec).rank == 4
         return
     with pytest.raises(
         AdapterError, match=f"names another base: '{trained_on}', but the model served is '{served}'"
     ):
-        read_adapter(ref(adapter_dir, name=f"{served}/task"), spec)
+        read_local(ref(adapter_dir, name=f"{served}/task"), spec)
 
 
 def test_a_file_larger_than_any_adapter_is_not_read(adapter_dir: Path, spec: ModelSpec) -> None:
     with (adapter_dir / WEIGHTS).open("r+b") as file:
         file.truncate(2**40)  # sparse
-    with pytest.raises(AdapterError, match="no adapter of rank 1024 for this base is as large"):
-        read_adapter(ref(adapter_dir), spec)
+    with pytest.raises(AdapterError, match="are possible for this base"):
+        read_local(ref(adapter_dir), spec)
 
 
 def test_every_projection_can_be_adapted(model_dir: Path, spec: ModelSpec, tmp_path: Path) -> None:
-    adapter = read_adapter(ref(write_tiny_adapter(tmp_path, model_dir, 2, "all-linear")), spec)
+    adapter = read_local(ref(write_tiny_adapter(tmp_path, model_dir, 2, "all-linear")), spec)
     assert set(adapter.modules) == {(layer, module) for layer in range(3) for module in LINEAR_BLOCKS}

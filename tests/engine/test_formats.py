@@ -12,11 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from engine.adapter import read_adapter
 from engine.checkpoint import open_checkpoint
 from engine.host_adapter import AdapterError, HostAdapter
 from engine.protocol import AdapterRef
-from tests.engine.driving import Driver
+from tests.engine.driving import Driver, read_local
 from tests.engine.test_oracle import prompts
 from tests.engine.tiny import write_tiny_adapter, write_tiny_model
 
@@ -154,7 +153,7 @@ def test_a_slot_is_empty_after_any_format(base):
 
 @cache
 def read(model: Path, adapter: Path) -> HostAdapter:
-    return read_adapter(AdapterRef("base/task", str(adapter)), open_checkpoint(model).spec)
+    return read_local(AdapterRef("base/task", str(adapter)), open_checkpoint(model).spec)
 
 
 def test_memory_is_accounted_for_before_it_is_taken(base):

@@ -111,8 +111,8 @@ class World:
                 if ended is not None:
                     return tokens, ended
         finally:
-            for entry in others:
-                self.messages.put(entry)
+            with self.messages.mutex:  # in front of what has come meanwhile
+                self.messages.queue.extendleft(reversed(others))
 
     def is_idle(self) -> bool:
         """Whether everything is free within a second."""

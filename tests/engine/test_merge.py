@@ -12,12 +12,11 @@ import torch
 import transformers
 from prometheus_client import generate_latest
 
-from engine.adapter import read_adapter, version_of
 from engine.checkpoint import open_checkpoint
 from engine.host_adapter import AdapterError, AdapterNotFoundError
 from engine.loop import EngineLoop, ModelLimits
 from engine.protocol import AdapterPart, AdapterRef, Generate, RejectCode, Rejected, SamplingParams
-from tests.engine.driving import Driver
+from tests.engine.driving import Driver, local_sources, read_local
 from tests.engine.test_oracle import prompts
 from tests.engine.tiny import write_tiny_adapter, write_tiny_model
 
@@ -79,21 +78,22 @@ def test_the_identity_of_a_sum_is_that_of_its_parts_and_weights(tiny):
     model, adapters = tiny
     spec = open_checkpoint(model).spec
     sums = [{"qv": 0.7, "mlp": 0.3}, {"qv": 0.7, "mlp": 0.30001}, {"qv": 0.7, "ends": 0.3}, {"qv": 0.7}]
-    digests = {read_adapter(merged(adapters, weights), spec).digest for weights in sums}
+    digests = {read_local(merged(adapters, weights), spec).digest for weights in sums}
     assert len(digests) == len(sums)
-    alone = read_adapter(AdapterRef("tiny/dora", str(adapters["dora"])), spec)
-    assert read_adapter(merged(adapters, {"dora": 1.0}), spec).digest == alone.digest
+    alone = read_local(AdapterRef("tiny/dora", str(adapters["dora"])), spec)
+    assert read_local(merged(adapters, {"dora": 1.0}), spec).digest == alone.digest
 
 
 def test_the_version_of_a_sum_changes_with_any_part(tiny):
-    _, adapters = tiny
+    model, adapters = tiny
+    sources = local_sources(open_checkpoint(model).spec)
     ref = merged(adapters, WEIGHTS)
-    before = version_of(ref)
-    assert version_of(ref) == before
+    before = sources.version_of(ref)
+    assert sources.version_of(ref) == before
     os.utime(adapters["mlp"] / "adapter_config.json", ns=(1, 1))
-    assert version_of(ref) != before
+    assert sources.version_of(ref) != before
     with pytest.raises(AdapterNotFoundError):
-        version_of(AdapterRef("x", "", parts=(AdapterPart(AdapterRef("tiny/no", "/no/such"), 1.0),)))
+        sources.version_of(AdapterRef("x", "", parts=(AdapterPart(AdapterRef("tiny/no", "/no/such"), 1.0),)))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_what_has_no_sum_is_refused_by_name(tiny, weights, message):
     else:
         ref = merged(adapters, weights)
     with pytest.raises(AdapterError, match=message):
-        read_adapter(ref, spec)
+        read_local(ref, spec)
 
 
 def test_a_part_that_cannot_be_read_is_named(tiny, tmp_path):
@@ -124,7 +124,7 @@ def test_a_part_that_cannot_be_read_is_named(tiny, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(AdapterError, match=r"tiny/bad: adapter_config\.json: peft_type is None"):
         ref = merged({**adapters, "bad": tmp_path}, {"qv": 1.0, "bad": 1.0})
-        read_adapter(ref, open_checkpoint(model).spec)
+        read_local(ref, open_checkpoint(model).spec)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -145,7 +145,8 @@ def test_a_sum_is_loaded_through_the_loop_like_any_adapter(tiny, tmp_path):
         driver.config,
         ModelLimits(spec.vocab_size, 512, spec.eos_token_ids),
         deliver,
-        read_adapter=partial(read_adapter, spec=spec),
+        read_adapter=partial(read_local, spec=spec),
+        version_of=local_sources(spec).version_of,
         device_bytes=lambda adapter: adapter.device_bytes(4),
     )
     engine.start()

@@ -54,6 +54,7 @@ async def edge() -> AsyncIterator[Edge]:
         ModelLimits(1000, 512, (2,)),
         server.deliver,
         read_adapter=refuse,
+        version_of=lambda ref: 0,
         device_bytes=lambda adapter: 0,
     )
     engine.start()
@@ -210,6 +211,7 @@ async def roomy(monkeypatch) -> AsyncIterator[tuple[TestClient, EngineServer, En
         ModelLimits(100_000, 60_000, (2,)),
         server.deliver,
         read_adapter=refuse,
+        version_of=lambda ref: 0,
         device_bytes=lambda adapter: 0,
     )
     engine.start()

@@ -86,3 +86,16 @@ def test_no_name_leaves_the_directory(name: str) -> None:
     assert found is None
     if is_safe_name(name):
         assert (Path("/root") / name).resolve().parent == Path("/root").resolve()
+
+
+def test_an_entry_of_the_table_may_pin_its_weights(tmp_path: Path) -> None:
+    place = put(tmp_path / "a")
+    table = {"local": f"{place}#sha256=ab", "remote": "hf://org/repo@v1#sha256=cd", "plain": str(place)}
+    pinned = catalog(table=table)
+    found = {task: pinned.find(task) for task in table}
+    assert {task: (ref.uri, ref.sha256) for task, ref in found.items() if ref} == {
+        "local": (str(place), "ab"),
+        "remote": ("hf://org/repo@v1", "cd"),
+        "plain": (str(place), None),
+    }
+    assert [adapter.task for adapter in pinned.listed()] == ["local", "plain"]
