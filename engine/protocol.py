@@ -81,7 +81,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     `min_tokens` mean nothing then."""
 
 
-class Generate(msgspec.Struct, frozen=True, tag="generate"):
+class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     """One sequence to continue. `request_id` is unique among the requests of one connection."""
 
     request_id: str
