@@ -546,7 +546,7 @@ def test_the_router_is_told_which_adapters_are_loaded_and_which_are_wanted(world
 
 
 def test_the_report_says_where_every_adapter_stands():
-    world = World(FakeRunner(64, 16, step_s=0.01))
+    world = World(FakeRunner(64, 16, step_s=0.01), adapter_loaders=1)
     try:
         world.submit("one", "good", max_tokens=200)
         world.messages.get(timeout=5)
