@@ -146,6 +146,7 @@ def load(
 
     try:
         checkpoint = open_checkpoint(config.model)
+        checkpoint.served_as(config.quantization)
         if fake:
             from engine.fake_runner import FakeRunner
 
@@ -212,6 +213,7 @@ def model_facts(config: EngineConfig, checkpoint: "Checkpoint", max_model_len: i
         dtype=config.dtype,
         files=sorted(checkpoint.files),
         digest=checkpoint.digest,
+        quantization=checkpoint.served_as(config.quantization),
     )
     digest = hashlib.sha256(msgspec.json.encode(facts))
     for name in facts.files:

@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine import bnb
 from engine.gguf import GgufError, GgufFile
 from engine.gguf_tokenizer import TokenizerError, tokenizer_files
 from engine.hub import SCHEME, HubError, fetch_model
+from engine.quant import Nf4Weight, Quantization
 from engine.spec import ModelSpec, SpecError, token_ids
 
 
@@ -34,6 +36,8 @@ class Checkpoint(ABC):
     files: dict[str, bytes]
     """tokenizer.json, tokenizer_config.json (chat template and special tokens inside) and, if any,
     generation_config.json."""
+    quantization: Quantization = "none"
+    """"nf4" when projections are stored so."""
     digest: str
     """sha256 over config, files, names and shapes of the weights, and some bytes of each (not all: that takes
     minutes)."""
@@ -41,6 +45,20 @@ class Checkpoint(ABC):
     def names(self) -> set[str]:
         """Every weight of the model, in Hugging Face's naming."""
         return set(self.spec.tensor_shapes())
+
+    def served_as(self, wanted: Quantization) -> Quantization:
+        """How the weights are held when `wanted` is configured: as they are stored, if that is quantised.
+
+        Raises `CheckpointError` when they would have to be quantised a second time.
+        """
+        if self.quantization == "none":
+            return wanted
+        if wanted not in ("none", self.quantization):
+            raise CheckpointError(
+                f"{self.root}: the weights are stored as {self.quantization} and cannot be served with "
+                f'quantization = "{wanted}"; leave it out'
+            )
+        return self.quantization
 
     @abstractmethod
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -52,6 +70,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def release(self) -> None:
         """Give back the memory of the file's pages that were read; tensors that are still held stay valid."""
+
+    def quantised(self, name: str) -> Nf4Weight | None:
+        """The same weight as it is stored, when it is quantised as the engine computes with."""
+        return None
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -114,24 +136,50 @@ class _SafetensorsCheckpoint(Checkpoint):
             digest.update(name.encode() + self.files[name])
         shapes: dict[str, tuple[int, ...]] = {}
         for name in sorted(self._paths):
-            shapes[name] = tuple(self._slice(name).get_shape())
+            if bnb.owner(name) not in self._paths:
+                shapes[name] = tuple(self._slice(name).get_shape())
+        for name in shapes:
+            if f"{name}.{bnb.STATE}" in self._paths:
+                self.quantization = "nf4"
+                shapes[name] = self._stored_shape(name)
         _check_shapes(shapes, self.spec, lambda name: str(self._paths[name]))
         for name in sorted(self._paths):
-            digest.update(f"{name} {shapes[name]}".encode() + self._first_row(name))
+            digest.update(f"{name} {shapes.get(name)}".encode() + self._first_row(name))
         self.digest = digest.hexdigest()
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        if name not in self._paths:
-            raise KeyError(name)
-        try:
-            tensor = self._file(self._paths[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self._paths[name]}: {name}: {error}") from error
+        stored = self.quantised(name)
+        if stored is not None:
+            return stored.dense(dtype)
+        tensor = self._read(name)
         if not tensor.is_floating_point():
             raise CheckpointError(
                 f"{self._paths[name]}: {name} is {tensor.dtype}; quantised weights are not supported"
             )
         return tensor.to(dtype)
+
+    def quantised(self, name: str) -> Nf4Weight | None:
+        if f"{name}.{bnb.STATE}" not in self._paths:
+            return None
+        parts = {part: self._read(f"{name}.{part}") for part in bnb.PARTS if f"{name}.{part}" in self._paths}
+        try:
+            return bnb.nf4_weight(self._read(name), parts)
+        except bnb.BnbError as error:
+            raise CheckpointError(f"{self._paths[name]}: {name}: {error}") from error
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        try:
+            return tuple(bnb.weight_state(self._read(f"{name}.{bnb.STATE}"))["shape"])
+        except bnb.BnbError as error:
+            raise CheckpointError(f"{self._paths[name]}: {name}: {error}") from error
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self._paths:
+            raise KeyError(name)
+        try:
+            return self._file(self._paths[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._paths[name]}: {name}: {error}") from error
 
     def release(self) -> None:
         self._open.clear()  # what is closed is no longer mapped

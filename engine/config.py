@@ -19,6 +19,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     """The model's public name."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
+    """How the weights of the projections are held, and with int8 that of the head; fp8 needs a CUDA device."""
     host: str = "127.0.0.1"
     port: int = 8100
     max_model_len: int = 2048
@@ -109,6 +111,11 @@ def check_config(config: EngineConfig, source: str) -> None:
             raise ConfigError(
                 f"{source}: [engine]: {key}: must be at least {low}, not {getattr(config, key)}."
             )
+    if config.quantization == "fp8":
+        raise ConfigError(
+            f'{source}: [engine]: quantization: "fp8" needs a CUDA device, and this engine computes on the CPU: '
+            'choose "int8" or "nf4".'
+        )
     if config.port > 65535:
         raise ConfigError(f"{source}: [engine]: port: must be at most 65535, not {config.port}.")
     if config.max_sequences > config.max_batch_tokens:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint, CheckpointError
 from engine.kernels.reference import BLOCK, Linear, ReferenceKernels
 from engine.lora import LoraSlots
+from engine.quant import QuantisedWeight, Quantization, QuantizationError, quantise, stack
 from engine.spec import ModelSpec
 from engine.vocabulary import embed, logits
 
@@ -101,10 +102,14 @@ class Decoder:
         kernels: ReferenceKernels,
         max_positions: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        quantization: Quantization = "none",
     ) -> None:
         self.spec = checkpoint.spec
         self.dtype = dtype
         self.kernels = kernels
+        checkpoint.served_as(quantization)
+        # What a quantised checkpoint keeps in full is meant to be.
+        self._quantization: Quantization = "none" if checkpoint.quantization != "none" else quantization
         everywhere = rope_tables(self.spec, max_positions)
         local = everywhere
         if self.spec.local_rope_theta is not None:
@@ -122,13 +127,16 @@ class Decoder:
         # As the model does: rounded to the dtype it computes in.
         self._embedding_scale = torch.tensor(self.spec.embedding_scale, dtype=dtype).item()
         self._norm = self._load_norm(checkpoint, self.spec.final_norm)
-        self._embedding = kernels.pack_linear(checkpoint.tensor("model.embed_tokens.weight", dtype), None)
+        # QLoRA leaves the head as it is; in a small model it is a fifth of what a token reads.
+        head_form = "int8" if self._quantization == "int8" else "none"
+        tied, bias = self.spec.tie_word_embeddings, None
+        embedding = self._load_weight(checkpoint, "model.embed_tokens.weight", head_form if tied else "none")
+        self._embedding = self._head = kernels.pack_linear(embedding, None)
         checkpoint.release()
-        if self.spec.tie_word_embeddings:
-            self._head = self._embedding
-        else:
-            bias = checkpoint.tensor("lm_head.bias", dtype) if self.spec.head_bias else None
-            self._head = kernels.pack_linear(checkpoint.tensor("lm_head.weight", dtype), bias)
+        if not tied:
+            if self.spec.head_bias:
+                bias = checkpoint.tensor("lm_head.bias", dtype)
+            self._head = kernels.pack_linear(self._load_weight(checkpoint, "lm_head.weight", head_form), bias)
         checkpoint.release()
 
     def _load_layer(self, checkpoint: Checkpoint, index: int, cosine: Tensor, sine: Tensor) -> Layer:
@@ -137,11 +145,11 @@ class Decoder:
         def fused(group: str) -> Linear:
             members = spec.groups[group]
             names = [f"{prefix}.{spec.modules[member]}.{member}" for member in members]
-            weight_NH = torch.cat([checkpoint.tensor(f"{name}.weight", self.dtype) for name in names])
+            weights = [self._load_weight(checkpoint, f"{name}.weight", self._quantization) for name in names]
             bias_N = None
             if spec.has_bias(members[0]):
                 bias_N = torch.cat([checkpoint.tensor(f"{name}.bias", self.dtype) for name in names])
-            return self.kernels.pack_linear(weight_NH, bias_N)
+            return self.kernels.pack_linear(stack(weights, self.dtype), bias_N)
 
         def head_norm(name: str) -> Tensor | None:
             return self._load_norm(checkpoint, f"{prefix}.self_attn.{name}").weight if spec.qk_norm else None
@@ -160,6 +168,29 @@ class Decoder:
             cosine=cosine,
             sine=sine,
         )
+
+    def _load_weight(
+        self, checkpoint: Checkpoint, name: str, quantization: Quantization
+    ) -> Tensor | QuantisedWeight:
+        """[outputs, inputs] as the checkpoint stores it, if that is quantised, or quantised now."""
+        stored = checkpoint.quantised(name)
+        if stored is not None:
+            return stored
+        try:
+            return quantise(checkpoint.tensor(name, self.dtype), quantization)
+        except QuantizationError as error:
+            raise CheckpointError(f"{checkpoint.root}: {name}: {error}") from error
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights that a token is multiplied by, and of the embedding."""
+        linears = [
+            linear for layer in self._layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        ]
+        linears.append(self._embedding)
+        if self._head is not self._embedding:
+            linears.append(self._head)
+        return sum(linear.nbytes for linear in linears)
 
     def _load_norm(self, checkpoint: Checkpoint, name: str) -> Norm:
         weight = checkpoint.tensor(f"{name}.weight", torch.float32) + self.spec.norm_offset

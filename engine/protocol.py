@@ -203,6 +203,8 @@ class ModelFacts(msgspec.Struct, frozen=True):
     """Names of the files at `FILES_PATH`: at least tokenizer.json and tokenizer_config.json."""
     digest: str
     """Changes whenever facts or files change."""
+    quantization: str = "none"
+    """How the weights of the projections are held: none, int8, nf4 or fp8."""
 
 
 class AdapterTier(StrEnum):

@@ -46,7 +46,7 @@ class ModelRunner:
         self._eos_token_ids = spec.eos_token_ids
         self._dtype = dtype
         with torch.inference_mode():
-            self._model = Decoder(checkpoint, dtype, kernels, positions, progress)
+            self._model = Decoder(checkpoint, dtype, kernels, positions, progress, config.quantization)
         block_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * BLOCK * dtype.itemsize
         self.num_blocks = max(1, config.kv_cache_mib * 2**20 // block_bytes)
         self._kv_cache = self._model.new_kv_cache(self.num_blocks)
@@ -56,6 +56,8 @@ class ModelRunner:
             "model_loaded",
             seconds=round(time.monotonic() - started, 2),
             dtype=config.dtype,
+            quantization=checkpoint.served_as(config.quantization),
+            weight_mib=round(self._model.weight_bytes / 2**20, 1),
             kv_blocks=self.num_blocks,
             kv_tokens=self.num_blocks * BLOCK,
             threads=self._threads,

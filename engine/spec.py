@@ -5,6 +5,8 @@ from typing import Any
 
 import msgspec
 
+from engine import bnb
+
 
 class SpecError(Exception):
     """The model cannot be described as a `ModelSpec`; the message names the key of the config."""
@@ -281,9 +283,10 @@ class _ConfigReader:
 
     def refuse_unsupported(self) -> None:
         if self._config.get("quantization_config") is not None:
-            raise SpecError(
-                "quantization_config: quantised safetensors are not supported; use the original or a GGUF"
-            )
+            try:
+                bnb.check_config(self._config["quantization_config"])
+            except bnb.BnbError as error:
+                raise SpecError(f"quantization_config: {error}") from error
         for key in ("qk_layernorm", "use_bidirectional_attention"):
             if self._config.get(key):
                 raise SpecError(f"{key}: {self._config[key]!r} is not supported")

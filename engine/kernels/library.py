@@ -15,7 +15,7 @@ import structlog
 
 log = structlog.get_logger()
 
-SOURCES = [Path(__file__).with_name("cpu.c"), Path(__file__).with_name("ops.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "ops.c", "quant.c")]
 FLAGS = [
     "-O3",
     "-march=native",

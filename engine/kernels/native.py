@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.kernels.code_panels import CodePanels, fits, pack, unpack_rows
 from engine.kernels.library import load_library
 from engine.kernels.reference import Linear, LoraGroup, ReferenceKernels
+from engine.quant import QuantisedWeight
 
 PANEL = 32
-"""Outputs of one packed panel of a bfloat16 weight."""
+"""Outputs of one packed panel of a weight."""
 CALL_WORDS = 16
 """64-bit words of one call: the kernel's address and its arguments; as in cpu.c."""
 BATCH_WORDS = 13
@@ -33,6 +35,7 @@ class NativeKernels(ReferenceKernels):
     def __init__(self, dtype: torch.dtype) -> None:
         library = load_library()
         suffix = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+        self._dtype = dtype
         self.dots = dtype == torch.bfloat16 and bool(library.has_gemm_bf16())
         """Whether the processor multiplies pairs of bfloat16."""
         self._run = library.run
@@ -44,6 +47,7 @@ class NativeKernels(ReferenceKernels):
 
         self._product = kernel(f"product_{suffix}")
         self._product_of_pairs = kernel("gemm_bf16")
+        self._product_of_codes = kernel(f"code_product_{suffix}")
         self._norm = kernel(f"add_rms_norm_{suffix}")
         self._layer_norm = kernel(f"add_layer_norm_{suffix}")
         self._rms_norm = kernel(f"rms_norm_{suffix}")
@@ -115,8 +119,15 @@ class NativeKernels(ReferenceKernels):
             len(batch.segment_slot),
         )
 
-    def pack_linear(self, weight_NH: Tensor, bias_N: Tensor | None) -> Linear:
-        """In panels of 32 outputs: [panel, H, 32], or [panel, H / 2, 32, 2] where pairs are multiplied at once."""
+    def pack_linear(self, weight_NH: Tensor | QuantisedWeight, bias_N: Tensor | None) -> Linear:
+        """In panels of 32 outputs: [panel, H, 32], or [panel, H / 2, 32, 2] where pairs are multiplied at once.
+
+        A quantised weight of a shape that quant.c does not take is kept dequantised.
+        """
+        if not isinstance(weight_NH, Tensor):
+            if fits(weight_NH):
+                return pack(weight_NH, bias_N)
+            weight_NH = weight_NH.dense(self._dtype)
         outputs, inputs = weight_NH.shape
         pairs = 2 if self.dots and inputs % 2 == 0 else 1
         whole, rest = divmod(outputs, PANEL)
@@ -141,6 +152,21 @@ class NativeKernels(ReferenceKernels):
 
     def _multiply(self, x_TH: Tensor, linear: Linear, out_TN: Tensor) -> Tensor:
         rows, inputs = x_TH.shape
+        if isinstance(linear, CodePanels):
+            self._call(
+                self._product_of_codes,
+                x_TH.data_ptr(),
+                rows,
+                inputs,
+                linear.form,
+                linear.weight.data_ptr(),
+                linear.scale.data_ptr(),
+                linear.num_outputs,
+                0 if linear.bias is None else linear.bias.data_ptr(),
+                out_TN.data_ptr(),
+                out_TN.dtype == torch.float32,
+            )
+            return out_TN
         self._call(
             self._product if linear.weight.dim() == 3 else self._product_of_pairs,
             x_TH.data_ptr(),
@@ -155,6 +181,8 @@ class NativeKernels(ReferenceKernels):
         return out_TN
 
     def embed(self, token_ids_T: Tensor, linear: Linear) -> Tensor:
+        if isinstance(linear, CodePanels):
+            return unpack_rows(linear, token_ids_T)
         panels = linear.weight
         if panels.dim() == 3:
             return panels[token_ids_T // PANEL, :, token_ids_T % PANEL].float()

@@ -472,6 +472,8 @@ void NAME(op_lora)(const int64_t *a) {
                ADDRESS(10), ADDRESS(11));
 }
 
+#include "quant.c"
+
 #undef T
 #undef NAME
 #undef LOAD

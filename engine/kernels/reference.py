@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.quant import QuantisedWeight
 
 BLOCK = 16
 """Tokens of a KV block. The native kernels hold one block's keys in one vector."""
@@ -23,6 +24,21 @@ class Linear:
     weight: Tensor
     bias: Tensor | None
     num_outputs: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedLinear(Linear):
+    """A quantised weight as it was made; `weight` holds its codes."""
+
+    matrix: QuantisedWeight
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +86,21 @@ class ReferenceKernels:
         """
         return compute
 
-    def pack_linear(self, weight_NH: Tensor, bias_N: Tensor | None) -> Linear:
-        return Linear(weight_NH, bias_N, weight_NH.shape[0])
+    def pack_linear(self, weight_NH: Tensor | QuantisedWeight, bias_N: Tensor | None) -> Linear:
+        if isinstance(weight_NH, Tensor):
+            return Linear(weight_NH, bias_N, weight_NH.shape[0])
+        return QuantisedLinear(weight_NH.codes, bias_N, weight_NH.shape[0], weight_NH)
 
     def linear(self, x_TH: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
         """[T, H] -> [T, N], in the dtype of x."""
+        if isinstance(linear, QuantisedLinear):
+            return _into(out, linear.matrix.product(x_TH, linear.bias).to(x_TH.dtype))
         return _into(out, F.linear(x_TH, linear.weight, linear.bias))
 
     def logits(self, x_TH: Tensor, linear: Linear) -> Tensor:
         """As `linear`, but float32 out."""
+        if isinstance(linear, QuantisedLinear):
+            return linear.matrix.product(x_TH, linear.bias)
         return F.linear(x_TH, linear.weight, linear.bias).float()
 
     def rows(self, linear: Linear, start: int, stop: int) -> Tensor:
@@ -87,6 +109,8 @@ class ReferenceKernels:
 
     def embed(self, token_ids_T: Tensor, linear: Linear) -> Tensor:
         """Rows of the (tied) embedding matrix as float32 [T, H]: the start of the residual stream."""
+        if isinstance(linear, QuantisedLinear):
+            return linear.matrix.rows(token_ids_T)
         return linear.weight[token_ids_T].float()
 
     def add_rms_norm(

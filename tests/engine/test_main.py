@@ -20,7 +20,11 @@ def test_the_digest_changes_with_every_fact_and_file():
 
     def digest(content=b"{}", weights="w", length=64, **config) -> str:
         checkpoint = SimpleNamespace(
-            spec=spec, root="r", digest=weights, files={"tokenizer.json": content, "b.json": b""}
+            spec=spec,
+            root="r",
+            digest=weights,
+            files={"tokenizer.json": content, "b.json": b""},
+            served_as=lambda quantization: quantization,
         )
         return model_facts(
             EngineConfig(**{"model": "m", "name": "n", **config}),
@@ -34,9 +38,10 @@ def test_the_digest_changes_with_every_fact_and_file():
         digest(length=32),
         digest(name="o"),
         digest(dtype="float32"),
+        digest(quantization="int8"),
     ]
     assert digest() == digest()
-    assert len({digest(), *changed}) == 6
+    assert len({digest(), *changed}) == 7
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
