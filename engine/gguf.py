@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from engine.spec import LINEAR_BLOCKS
+from engine.families import FAMILIES
 
 
 class GgufError(Exception):
@@ -27,7 +27,7 @@ class GgufError(Exception):
 
 
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _CHUNK_ELEMENTS = 4 * 2**20
 """Tensors are dequantised in pieces of about this size, so that float32 never exists whole."""
 
@@ -317,8 +317,11 @@ def _gguf_to_hf(name: str) -> str:
     return name
 
 
-_PARTS = {gguf: f"{LINEAR_BLOCKS[module]}.{module}" for module, gguf in _MODULES.items()} | {
+_BLOCKS = FAMILIES["LlamaForCausalLM"].modules
+_PARTS = {gguf: f"{_BLOCKS[module]}.{module}" for module, gguf in _MODULES.items()} | {
     "attn_norm": "input_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
 }
 

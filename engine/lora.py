@@ -19,16 +19,16 @@ class LoraSlots:
 
     def __init__(self, spec: ModelSpec, slots: int) -> None:
         self._adapters: list[DeviceAdapter | None] = [None] * slots
-        self._members = spec.groups
+        self._members = spec.family.groups
         self._place = {
             module: (group, index)
-            for group, members in spec.groups.items()
+            for group, members in spec.family.groups.items()
             for index, module in enumerate(members)
         }
         self._tables: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
         self._touched: list[frozenset[str]] = [frozenset()] * slots
         self.groups: dict[str, list[LoraGroup]] = {}
-        for name, members in spec.groups.items():
+        for name, members in spec.family.groups.items():
             sizes = [spec.linear_shape(member)[0] for member in members]
             shape = (spec.num_layers, slots, len(members))
             a, b, affine, ranks = (np.zeros(shape, kind) for kind in (np.int64, np.int64, np.int64, np.int32))

@@ -44,7 +44,7 @@ class Layer:
     gate_up: Linear
     down: Linear
     norms: dict[str, Norm]
-    """As `ModelSpec.layer_norms` names them."""
+    """As `Family.layer_norms` names them."""
     q_norm: Tensor | None
     k_norm: Tensor | None
     window: int | None
@@ -79,7 +79,7 @@ class Workspace:
             qkv=torch.empty(rows, queries + 2 * keys, dtype=dtype),
             attended=torch.empty(rows, queries, dtype=dtype),
             delta=torch.empty(rows, spec.hidden_size, dtype=dtype),
-            beside=torch.empty(rows, spec.hidden_size if spec.parallel_blocks else 0, dtype=dtype),
+            beside=torch.empty(rows, spec.hidden_size if spec.family.parallel_blocks else 0, dtype=dtype),
             gate_up=torch.empty(rows, (1 + spec.gated) * spec.intermediate_size, dtype=dtype),
             hidden=torch.empty(rows, spec.intermediate_size, dtype=dtype),
         )
@@ -126,7 +126,7 @@ class Decoder:
         """Whose addresses the recorded steps hold; kept, so that none is given to another tensor."""
         # As the model does: rounded to the dtype it computes in.
         self._embedding_scale = torch.tensor(self.spec.embedding_scale, dtype=dtype).item()
-        self._norm = self._load_norm(checkpoint, self.spec.final_norm)
+        self._norm = self._load_norm(checkpoint, self.spec.family.final_norm)
         # QLoRA leaves the head as it is; in a small model it is a fifth of what a token reads.
         head_form = "int8" if self._quantization == "int8" else "none"
         tied, bias = self.spec.tie_word_embeddings, None
@@ -134,7 +134,7 @@ class Decoder:
         self._embedding = self._head = kernels.pack_linear(embedding, None)
         checkpoint.release()
         if not tied:
-            if self.spec.head_bias:
+            if self.spec.family.biased:
                 bias = checkpoint.tensor("lm_head.bias", dtype)
             self._head = kernels.pack_linear(self._load_weight(checkpoint, "lm_head.weight", head_form), bias)
         checkpoint.release()
@@ -143,8 +143,8 @@ class Decoder:
         prefix, spec = f"model.layers.{index}", self.spec
 
         def fused(group: str) -> Linear:
-            members = spec.groups[group]
-            names = [f"{prefix}.{spec.modules[member]}.{member}" for member in members]
+            members = spec.family.groups[group]
+            names = [f"{prefix}.{spec.family.modules[member]}.{member}" for member in members]
             weights = [self._load_weight(checkpoint, f"{name}.weight", self._quantization) for name in names]
             bias_N = None
             if spec.has_bias(members[0]):
@@ -152,7 +152,11 @@ class Decoder:
             return self.kernels.pack_linear(stack(weights, self.dtype), bias_N)
 
         def head_norm(name: str) -> Tensor | None:
-            return self._load_norm(checkpoint, f"{prefix}.self_attn.{name}").weight if spec.qk_norm else None
+            return (
+                self._load_norm(checkpoint, f"{prefix}.self_attn.{name}").weight
+                if spec.family.qk_norm
+                else None
+            )
 
         return Layer(
             qkv=fused("qkv"),
@@ -160,7 +164,8 @@ class Decoder:
             gate_up=fused("gate_up"),
             down=fused("down"),
             norms={
-                use: self._load_norm(checkpoint, f"{prefix}.{name}") for use, name in spec.layer_norms.items()
+                use: self._load_norm(checkpoint, f"{prefix}.{name}")
+                for use, name in spec.family.layer_norms.items()
             },
             q_norm=head_norm("q_norm"),
             k_norm=head_norm("k_norm"),
@@ -193,8 +198,8 @@ class Decoder:
         return sum(linear.nbytes for linear in linears)
 
     def _load_norm(self, checkpoint: Checkpoint, name: str) -> Norm:
-        weight = checkpoint.tensor(f"{name}.weight", torch.float32) + self.spec.norm_offset
-        if not self.spec.layer_norm:
+        weight = checkpoint.tensor(f"{name}.weight", torch.float32) + self.spec.family.norm_offset
+        if not self.spec.family.layer_norm:
             return Norm(weight)
         return Norm(weight, checkpoint.tensor(f"{name}.bias", torch.float32).clone())
 
@@ -276,16 +281,16 @@ class Decoder:
                 softcap=spec.attention_softcap,
             )
             delta_TH = project(work.attended, layer.o, "o", index, work.delta)
-            if spec.parallel_blocks:
+            if spec.family.parallel_blocks:
                 attended_TH, out_TH = delta_TH, work.beside
             else:
-                if spec.sandwich_norms:
+                if "attended" in layer.norms:
                     ops.rms_norm(delta_TH, 0, 1, layer.norms["attended"].weight, eps)
                 add_norm(layer.norms["mlp"])
                 attended_TH, out_TH = None, work.delta
             hidden_TN = activate(project(work.x, layer.gate_up, "gate_up", index, work.gate_up), work.hidden)
             delta_TH = project(hidden_TN, layer.down, "down", index, out_TH)
-            if spec.sandwich_norms:
+            if "delta" in layer.norms:
                 ops.rms_norm(delta_TH, 0, 1, layer.norms["delta"].weight, eps)
             if attended_TH is not None:
                 ops.add(delta_TH, attended_TH)
@@ -315,7 +320,7 @@ class Decoder:
         if layer is None:
             linear = self._embedding if module == "embed_tokens" else self._head
             return linear, 0, linear.num_outputs
-        for group, members in self.spec.groups.items():
+        for group, members in self.spec.family.groups.items():
             if module in members:
                 sizes = [self.spec.linear_shape(member)[0] for member in members]
                 index = members.index(module)

@@ -20,7 +20,9 @@ from engine.spec import ModelSpec
 
 def largest_file(spec: ModelSpec) -> int:
     """Bytes that the weights of an adapter for this base cannot exceed."""
-    linears = sum(sum(spec.linear_shape(module)) for module in spec.modules) * spec.num_layers * MAX_RANK
+    linears = (
+        sum(sum(spec.linear_shape(module)) for module in spec.family.modules) * spec.num_layers * MAX_RANK
+    )
     ends = 2 * (spec.vocab_size + spec.hidden_size) * MAX_RANK + 2 * spec.vocab_size * spec.hidden_size
     return 4 * (linears + ends) + 2**20
 
@@ -37,7 +39,8 @@ def read_peft(config: PeftConfig, weights: bytes, spec: ModelSpec, served: str) 
     """
     parts = _Parts(_tensors(weights), config, spec, served)
     linears = [
-        [module_path(spec, layer, module) for module in spec.modules] for layer in range(spec.num_layers)
+        [module_path(spec, layer, module) for module in spec.family.modules]
+        for layer in range(spec.num_layers)
     ]
     config.check_targets(parts.adapted, linears, spec.tie_word_embeddings)
     modules: dict[tuple[int, str], LoraWeights] = {}
@@ -75,7 +78,7 @@ def read_peft(config: PeftConfig, weights: bytes, spec: ModelSpec, served: str) 
 
 def module_path(spec: ModelSpec, layer: int, module: str) -> str:
     """As transformers names it: model.layers.0.self_attn.q_proj."""
-    return f"model.layers.{layer}.{spec.modules[module]}.{module}"
+    return f"model.layers.{layer}.{spec.family.modules[module]}.{module}"
 
 
 _PREFIX = "base_model.model."
@@ -168,7 +171,7 @@ class _Parts:
             linear = _LINEAR_PATH.fullmatch(path)
             if linear is None and match["bias"] is not None:
                 raise AdapterError(f"{WEIGHTS_FILE}: {name}: trained biases are served on linears only")
-            if linear is None or self._spec.modules.get(linear[3]) != linear[2]:
+            if linear is None or self._spec.family.modules.get(linear[3]) != linear[2]:
                 raise AdapterError(
                     f"{WEIGHTS_FILE}: {name} is not a LoRA weight of a projection of this base"
                 )

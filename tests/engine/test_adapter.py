@@ -17,15 +17,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import open_checkpoint
+from engine.families import FAMILIES
 from engine.host_adapter import AdapterError, AdapterNotFoundError
 from engine.protocol import AdapterRef
 from engine.sources import local_version
-from engine.spec import LINEAR_BLOCKS, ModelSpec
+from engine.spec import ModelSpec
 from tests.engine.driving import read_local
 from tests.engine.tiny import write_tiny_adapter, write_tiny_model
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+LINEARS = FAMILIES["LlamaForCausalLM"].modules
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def adapter_dir(pristine: Path, tmp_path: Path) -> Path:
 
 
 def _path(layer: int, module: str) -> str:
-    return f"model.layers.{layer}.{LINEAR_BLOCKS[module]}.{module}"
+    return f"model.layers.{layer}.{LINEARS[module]}.{module}"
 
 
 def ref(directory: Path | str, name: str = "base/task", sha256: str | None = None) -> AdapterRef:
@@ -340,4 +342,4 @@ def test_a_file_larger_than_any_adapter_is_not_read(adapter_dir: Path, spec: Mod
 
 def test_every_projection_can_be_adapted(model_dir: Path, spec: ModelSpec, tmp_path: Path) -> None:
     adapter = read_local(ref(write_tiny_adapter(tmp_path, model_dir, 2, "all-linear")), spec)
-    assert set(adapter.modules) == {(layer, module) for layer in range(3) for module in LINEAR_BLOCKS}
+    assert set(adapter.modules) == {(layer, module) for layer in range(3) for module in LINEARS}

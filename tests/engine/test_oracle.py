@@ -167,6 +167,28 @@ def test_guesses_by_prompt_lookup_change_nothing(family):
     assert driver.generated(sampled) == plain.generated(twin)
 
 
+def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(family):
+    model, adapters = family
+    driver = Driver(model, adapters, dtype="bfloat16")
+    (prompt,) = prompts(4, 24)
+    base = driver.add(prompt, None, max_tokens=8, prompt_logprobs=20)
+    adapted = driver.add(prompt, "all", max_tokens=8)
+    driver.run()
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    with torch.inference_mode():
+        exact, theirs = (
+            torch.log_softmax(oracle(torch.tensor([prompt])).logits[0].float(), -1)
+            for oracle in (oracle_of(model, None), rounded.eval())
+        )
+    found = [(place, *top) for place, each in enumerate(base.prompt_logprobs) if each for top in each.top]
+    our_error = sum(abs(value - float(exact[place - 1, token])) for place, token, value in found)
+    their_error = sum(abs(float((theirs - exact)[place - 1, token])) for place, token, _ in found)
+    assert our_error < 1.2 * their_error
+    assert driver.generated(base) != driver.generated(adapted)
+
+
 def test_the_real_model_with_real_adapters_in_one_batch(tmp_path):
     adapters = {path.name: path for path in sorted(REAL_ADAPTERS.iterdir()) if path.is_dir()}
     chosen = {name: adapters[name] for name in list(adapters)[:2]}

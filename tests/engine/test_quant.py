@@ -192,7 +192,7 @@ def dequantised_twin(model: Path, folder: Path, quantization: Quantization) -> P
     weights, spec = {}, decoder.spec
     for name, shape in spec.tensor_shapes().items():
         parts = name.split(".")
-        if "layers" in parts and parts[-2] in spec.modules and parts[-1] == "weight":
+        if "layers" in parts and parts[-2] in spec.family.modules and parts[-1] == "weight":
             weights[name] = decoder.rows(int(parts[2]), parts[-2], 0, shape[0]).contiguous()
         elif name in ("model.embed_tokens.weight", "lm_head.weight"):
             weights[name] = decoder.rows(None, parts[-2], 0, shape[0]).contiguous()

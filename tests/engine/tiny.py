@@ -29,8 +29,8 @@ def write_tiny_model(
 
     "llama" has a head_dim of its own and grouped queries, "llama3" its rotary scaling, "mistral" a window of 8 in
     every layer, "qwen2" biases, "qwen3" normalised queries and keys, "phi" parallel blocks and LayerNorm, "gemma" scaled
-    embeddings, "gemma2" soft caps and a window in every other layer, "gemma3" two rotary bases. Weights are large
-    enough that greedy output wanders.
+    embeddings, "gemma2" soft caps and a window in every other layer, "gemma3" two rotary bases, one of them scaled.
+    Weights are large enough that greedy output wanders.
     """
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(_config(family, tie), dtype=torch.float32)
@@ -189,5 +189,11 @@ def _config(family: str, tie: bool | None) -> transformers.PretrainedConfig:
             **common, **windowed, attn_logit_softcapping=3.0, final_logit_softcapping=5.0
         )
     if family == "gemma3":
-        return transformers.Gemma3TextConfig(**common, **windowed)
+        rope = {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        }
+        return transformers.Gemma3TextConfig(
+            **common, **windowed, rope_parameters=rope, final_logit_softcapping=9.0
+        )
     raise ValueError(f"no tiny {family}; there are {', '.join(FAMILIES)}")
