@@ -38,12 +38,13 @@ def _of_model(model: ModelAdapters, every: bool) -> Iterator[Table | Text]:
     table.add_column("digest", no_wrap=True)
     for adapter in report.adapters:
         table.add_row(*_cells(adapter, model.model))
-        if adapter.reason:
-            table.add_row(Text(f"  {adapter.reason}", style="red"))
     for name in model.unloaded if every else ():
         table.add_row(_short(name, model.model), Text("not loaded", style="dim"))
     if table.row_count:
         yield table
+    for adapter in report.adapters:
+        if adapter.reason:
+            yield Text(f"{_short(adapter.name, model.model)}: {adapter.reason}", style="red")
     if model.unloaded and not every:
         yield Text(f"{len(model.unloaded)} more are not loaded; --all lists them", style="dim")
     yield Text("")
