@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -87,6 +87,7 @@ class EngineMetrics:
             ("tier",),
         )
         registry.register(self)
+        ProcessCollector(registry=registry)
 
     def watch(self, observe: Callable[[], Observation]) -> None:
         """What to ask, from any thread, whenever the metrics are asked for."""

@@ -1,6 +1,6 @@
 """Every metric of the gateway, with its unit. Knows nothing of how requests are served."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from engine.protocol import EngineStatus
 
@@ -12,6 +12,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self.requests = Counter(
             "loraland_gateway_requests",
             "Finished HTTP requests; status 499: the client left first.",

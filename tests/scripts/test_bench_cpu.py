@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
+import msgspec
 import psutil
 import pytest
 import torch
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from engine.checkpoint import open_checkpoint
-from scripts import bench_cpu
-from scripts.bench_cpu import BenchError, Cell, Server, lora_gguf, measure, report
+from scripts.bench_client import Answer, BenchError
+from scripts.bench_cpu import Cell, Figure, Setting, adapter_set, measure, report, target_modules
+from scripts.bench_machine import family, watched_memory
+from scripts.bench_server import BASE, PACKAGE, Server, gguf_file, lora_gguf
 from scripts.random_adapters import write_random_adapters
 
 
@@ -76,15 +79,18 @@ def peer() -> Iterator[tuple[Peer, str]]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_buffer(open_checkpoint(f"package:{bench_cpu.PACKAGE}").files["tokenizer.json"])
+    return Tokenizer.from_buffer(open_checkpoint(f"package:{PACKAGE}").files["tokenizer.json"])
 
 
 OPTIONS = argparse.Namespace(min_requests=2, requests_per_user=2, prompt_tokens=32, output_tokens=5)
 
 
-def _measure(peer: tuple[Peer, str], tokenizer: Tokenizer, adapters: int | None, *, by_name: bool) -> Cell:
+def _measure(
+    peer: tuple[Peer, str], tokenizer: Tokenizer, adapters: int | None, *, by_name: bool, shared: int = 0
+) -> Cell:
     server = Server("a peer", peer[1], psutil.Process(os.getpid()), by_name)
-    return measure(server, tokenizer, OPTIONS, adapters, users=3, round_number=0, seed=1)
+    setting = Setting(server, adapter_set("all", adapters) if adapters else None, shared)
+    return measure(setting, tokenizer, OPTIONS, users=3, round_number=0, seed=1)
 
 
 def test_a_cell_counts_the_tokens_of_all_requests(peer: tuple[Peer, str], tokenizer: Tokenizer):
@@ -110,7 +116,7 @@ def test_every_prompt_is_another_and_of_the_length_asked_for(peer: tuple[Peer, s
 
 def test_adapters_are_named_in_the_model_to_ours(peer: tuple[Peer, str], tokenizer: Tokenizer):
     _measure(peer, tokenizer, 2, by_name=True)
-    models = {f"{bench_cpu.BASE}/{bench_cpu.adapter_name(number)}" for number in range(2)}
+    models = {f"{BASE}/all-linear-{number:02d}" for number in range(2)}
     assert {body["model"] for body in peer[0].bodies} == models
 
 
@@ -125,10 +131,33 @@ def test_an_answer_that_is_too_short_is_no_measurement(peer: tuple[Peer, str], t
         _measure(peer, tokenizer, None, by_name=True)
 
 
+def test_prompts_that_share_their_beginning_share_it_by_adapter(peer: tuple[Peer, str], tokenizer: Tokenizer):
+    _measure(peer, tokenizer, 2, by_name=True, shared=20)
+    beginnings: dict[str, set[str]] = {}
+    for body in peer[0].bodies:
+        beginnings.setdefault(body["model"], set()).add(body["prompt"].partition("\n\n")[0])
+    assert [len(found) for found in beginnings.values()] == [1, 1]
+    assert len(set.union(*beginnings.values())) == 2
+    assert len({body["prompt"] for body in peer[0].bodies}) == 6
+
+
+def test_targets_are_named_by_their_letters():
+    assert target_modules("q,v") == ["q_proj", "v_proj"] and len(target_modules("all")) == 7
+    assert adapter_set("q,v", 2).names == ("q-v-00", "q-v-01")
+    with pytest.raises(BenchError, match="'w' is none of"):
+        target_modules("q,w")
+
+
+def test_the_tokens_of_an_answer_are_counted_when_they_came():
+    answer = Answer(sent_s=0.0, times_s=[1.0, 2.0, 3.0, 4.0], tokens=8, prompt_tokens=1)
+    assert answer.tokens_between(0, 2.5) == 4 and answer.tokens_between(2.5, 9) == 4
+
+
 def _cell(server: str, adapters: int, round_number: int, rate: float) -> Cell:
     return Cell(
         server=server,
         adapters=adapters,
+        targets="all" if adapters else "",
         users=25,
         round=round_number,
         requests=50,
@@ -159,14 +188,26 @@ def test_the_report_compares_medians():
         for number, rate in enumerate(values)
     ]
     text = report(cells)
-    assert "| ours | 25 | 25 | 176.0 (100.0–300.0) |" in text
-    assert "ours with adapters is 0.80 of ours without" in text
+    assert "| ours | 25 | 25 all | 176.0 (100.0–300.0) |" in text
+    assert "ours with adapters on all is 0.80 of the same without" in text
     assert "4.00 times llama.cpp with adapters" in text
     assert "ours without is 2.00 times llama.cpp without" in text
 
 
+def test_the_report_says_what_the_prefix_cache_and_a_quantised_base_are_worth():
+    cells = [_cell("ours", 0, 0, 100), _cell("ours, int8", 0, 0, 130)]
+    for server, seconds in (("ours", 3.0), ("ours, prefix cache", 0.75)):
+        cells.append(
+            msgspec.structs.replace(_cell(server, 25, 0, 100), shared_tokens=200, ttft_p50_s=seconds)
+        )
+    text = report(cells, [Figure("idle CPU, % of a core", "ours, engine", [0.4])])
+    assert "- 25 users: ours, int8 without is 1.30 times ours without" in text
+    assert "first token 4.00 times as fast" in text
+    assert "- idle CPU, % of a core: ours, engine: 0.4" in text
+
+
 def test_an_adapter_for_llama_cpp_has_the_rows_of_q_in_its_order(tmp_path: Path):
-    model = bench_cpu._gguf_file()
+    model = gguf_file()
     (adapter,) = write_random_adapters(tmp_path, ["a"], str(model), ("q_proj", "v_proj"))
     reader = gguf.GGUFReader(lora_gguf(adapter, model))
     written = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
@@ -182,9 +223,9 @@ def test_an_adapter_for_llama_cpp_has_the_rows_of_q_in_its_order(tmp_path: Path)
 async def test_memory_of_descendants_counts(tmp_path: Path):
     child = await asyncio.create_subprocess_exec("sleep", "30")
     try:
-        with bench_cpu.watched_memory(psutil.Process(os.getpid()), every_s=0.05) as peak:
+        with watched_memory(psutil.Process(os.getpid()), every_s=0.05) as peak:
             await asyncio.sleep(0.2)
-        assert psutil.Process(child.pid) in bench_cpu._family(psutil.Process(os.getpid()))
+        assert psutil.Process(child.pid) in family(psutil.Process(os.getpid()))
         assert peak.rss_bytes > psutil.Process(os.getpid()).memory_info().rss / 2
         assert 0 < peak.pss_bytes <= peak.rss_bytes
     finally:
