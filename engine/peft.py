@@ -191,8 +191,10 @@ class _Parts:
             raise AdapterError(f"{WEIGHTS_FILE}: {path} has lora_{lone} but no lora_{partner}")
         tied = path == HEAD and config.ties and config.replaces(EMBEDDING) and self._spec.tie_word_embeddings
         may_replace = path in (EMBEDDING, HEAD) and (config.replaces(path) or tied)
+        # PEFT stores the base's whole head beside LoRA on it, with its bias if it has one.
+        of_base = path == HEAD and self._spec.family.biased and "base_weight" in kinds
         trains_bias = path != EMBEDDING and (
-            config.bias == "all" or (config.bias == "lora_only" and adapted) or may_replace
+            config.bias == "all" or (config.bias == "lora_only" and adapted) or may_replace or of_base
         )
         allowed = {
             half_a: True,

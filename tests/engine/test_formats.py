@@ -16,6 +16,7 @@ from engine.checkpoint import open_checkpoint
 from engine.host_adapter import AdapterError, HostAdapter
 from engine.protocol import AdapterRef
 from tests.engine.driving import Driver, read_local
+from tests.engine.test_oracle import expected as greedy
 from tests.engine.test_oracle import prompts
 from tests.engine.tiny import write_tiny_adapter, write_tiny_model
 
@@ -97,6 +98,32 @@ def test_every_format_in_one_batch(base, kernels):
     for name in names:
         assert answers[name] == expected(model, adapters[name] if name else None, tuple(prompt), 12), name
     assert len({tuple(answer) for answer in answers.values()}) > len(names) - 3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("family", "down"), [("phi", "fc2"), ("gemma3", "down_proj")])
+def test_formats_on_families_that_are_built_otherwise(family, down, tmp_path):
+    """Biases everywhere and parallel blocks; scaled embeddings and a capped head that are one matrix."""
+    model = write_tiny_model(tmp_path / "model", family)
+    chosen: list[dict[str, Any]] = [
+        {"rank": 2, "targets": "all-linear", "use_dora": True},
+        {"rank": 3, "targets": ["v_proj", down], "bias": "lora_only"},
+        {"rank": 4, "targets": ENDS},
+        {"rank": 4, "targets": ENDS, "use_dora": True},
+        {"rank": 4, "targets": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ]
+    adapters = {
+        str(seed): write_tiny_adapter(tmp_path / str(seed), model, seed=seed, **options)
+        for seed, options in enumerate(chosen, 1)
+    }
+    driver = Driver(model, adapters)
+    (prompt,) = prompts(7, 21)
+    asked = {name: driver.add(prompt, name, max_tokens=12) for name in (None, *adapters)}
+    driver.run()
+    answers = {name: driver.generated(sequence) for name, sequence in asked.items()}
+    for name, answer in answers.items():
+        assert answer == greedy(model, adapters[name] if name else None, prompt, 12), name
+    assert len({tuple(answer) for answer in answers.values()}) == len(answers)
 
 
 def test_every_format_in_bfloat16(base):
