@@ -104,21 +104,61 @@ def test_norm_and_activation(dtype, rows, width):
         expected = twin.add_rms_norm(his, change, weight, 1e-5, torch.empty(rows, width, dtype=dtype))
         close(found, expected, dtype)
         torch.testing.assert_close(mine, his)
+        found, expected = (
+            kernels.add_layer_norm(
+                residual + 3, change, weight, weight / 2, 1e-5, torch.empty(rows, width, dtype=dtype)
+            )
+            for kernels in (ours, twin)
+        )
+        close(found, expected, dtype)
     gate_up = (torch.randn(rows, 2 * width) * 8).to(dtype)
-    close(ours.silu_mul(gate_up), twin.silu_mul(gate_up), dtype)
+    for name in ("silu_mul", "gelu_mul", "gelu"):
+        close(getattr(ours, name)(gate_up), getattr(twin, name)(gate_up), dtype)
+    mine, his = delta.clone(), delta.clone()
+    ours.add(mine, gate_up[:, :width].contiguous())
+    twin.add(his, gate_up[:, :width].contiguous())
+    close(mine, his, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("first", "count", "dim"), [(0, 1, 7), (0, 3, 16), (2, 4, 80), (1, 1, 257)])
+def test_norms_of_heads_leave_the_rest_of_a_row(dtype, first, count, dim):
+    ours, twin = native(dtype), ReferenceKernels()
+    x = torch.randn(5, (first + count + 1) * dim).to(dtype)
+    mine, his, weight = x.clone(), x.clone(), torch.rand(dim)
+    ours.rms_norm(mine, first, count, weight, 1e-6)
+    twin.rms_norm(his, first, count, weight, 1e-6)
+    close(mine, his, dtype)
+    assert torch.equal(mine[:, : first * dim], x[:, : first * dim])
+    assert torch.equal(mine[:, -dim:], x[:, -dim:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 32), (6, 2, 128), (14, 2, 48), (2, 2, 8)]
+    ("heads", "kv_heads", "dim", "rotary"),
+    [
+        (9, 3, 64, 64),
+        (4, 4, 16, 16),
+        (8, 1, 32, 32),
+        (6, 2, 128, 128),
+        (14, 2, 48, 48),
+        (2, 2, 8, 8),
+        (4, 4, 80, 32),
+        (2, 1, 256, 256),
+        (2, 2, 24, 6),
+    ],
 )
-@pytest.mark.parametrize("window", [None, 5, 40])
-def test_rope_pages_and_attention_of_a_mixed_batch(dtype, heads, kv_heads, dim, window):
+@pytest.mark.parametrize(
+    ("window", "scale", "softcap"), [(None, None, None), (5, 0.3, 2.0), (40, None, 50.0)]
+)
+def test_rope_pages_and_attention_of_a_mixed_batch(
+    dtype, heads, kv_heads, dim, rotary, window, scale, softcap
+):
     torch.manual_seed(heads)
     ours, twin = native(dtype), ReferenceKernels()
     lengths = [(0, 1), (37, 1), (15, 1), (0, 29), (16, 17), (50, 3)]
     batch = make_batch(lengths, 40)
-    angles = torch.rand(128, dim // 2)
+    angles = torch.rand(128, rotary // 2)
     shape = (40, kv_heads, dim, BLOCK), (40, kv_heads, BLOCK, dim)
     k, v = torch.randn(shape[0]).to(dtype), torch.randn(shape[1]).to(dtype)
     qkv = torch.randn(len(batch.positions), (heads + 2 * kv_heads) * dim).to(dtype)
@@ -126,7 +166,10 @@ def test_rope_pages_and_attention_of_a_mixed_batch(dtype, heads, kv_heads, dim, 
     for kernels in (ours, twin):
         mine, k_cache, v_cache = qkv.clone(), k.clone(), v.clone()
         kernels.rope_store(mine, batch, angles.cos(), angles.sin(), k_cache, v_cache, heads)
-        results.append((k_cache, v_cache, kernels.attention(mine, batch, k_cache, v_cache, heads, window)))
+        attended = kernels.attention(
+            mine, batch, k_cache, v_cache, heads, window, scale=scale, softcap=softcap
+        )
+        results.append((k_cache, v_cache, attended))
     for found, expected in zip(*results, strict=True):
         close(found, expected, dtype)
 
