@@ -40,6 +40,9 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
+    # A thread that wants the interpreter waits so long for one that computes: with the usual 5 ms, loading an adapter
+    # would hold up every step several times.
+    sys.setswitchinterval(0.0005)
     return asyncio.run(serve(config, fake=arguments.fake))
 
 

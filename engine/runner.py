@@ -1,5 +1,8 @@
 """Executes a `StepPlan` with the model: batch, forward pass, sampling. Never changes a sequence."""
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +25,9 @@ from engine.sampler import check_draft, sample, token_logprobs
 from engine.step import Chunk, ChunkResult, StepPlan, StepResult
 
 log = structlog.get_logger()
+
+LOADER_NICENESS = 10
+"""Loaders leave the processors to the steps: a core they took would hold up every thread at the next barrier."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -70,6 +76,8 @@ class ModelRunner:
         # OpenMP counts the threads of every pool: with more of them than cores none spins at a barrier any more,
         # and every step takes half as long again.
         torch.set_num_threads(1)
+        if sys.platform == "linux":  # there a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)
 
     def prepare_adapter(self, adapter: HostAdapter) -> DeviceAdapter:
         with torch.inference_mode():
