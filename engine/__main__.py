@@ -193,7 +193,7 @@ def load(
     )
     facts = model_facts(config, checkpoint, engine.scheduler.max_len)
     engine.start()
-    server.attach(engine, facts, checkpoint.files)
+    server.attach(engine, facts, checkpoint.files, sources.side_files)
     log.info("engine_ready", model=config.name, max_model_len=facts.max_model_len)
     return engine
 

@@ -18,6 +18,7 @@ import msgspec
 WIRE_PATH = "/v1/wire"
 FACTS_PATH = "/v1/model"
 FILES_PATH = "/v1/model/files"
+ADAPTER_FILES_PATH = "/v1/adapters/files"
 ADAPTERS_PATH = "/adapters"
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
@@ -41,6 +42,16 @@ class AdapterPart(msgspec.Struct, frozen=True):
 
     ref: AdapterRef
     weight: float
+
+
+class AdapterFiles(msgspec.Struct, frozen=True):
+    """What an adapter brought for the text side; msgpack, from `GET ADAPTER_FILES_PATH?uri=...&version=...`.
+
+    204 when the version given is the one there is."""
+
+    version: str
+    files: dict[str, bytes]
+    """Of chat_template.jinja, tokenizer_config.json and tokenizer.json those that there are."""
 
 
 class Grammar(msgspec.Struct, frozen=True):

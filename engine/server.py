@@ -1,8 +1,10 @@
 """The engine's HTTP edge: the gateways' WebSocket, health, metrics, model facts. Knows no scheduling and no tensors."""
 
 import asyncio
+import hashlib
 import itertools
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -11,12 +13,14 @@ import structlog
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from engine.protocol import (
+    ADAPTER_FILES_PATH,
     ADAPTERS_PATH,
     FACTS_PATH,
     FILES_PATH,
     MAX_FRAME_BYTES,
     WIRE_PATH,
     Abort,
+    AdapterFiles,
     Generate,
     ModelFacts,
     decode_to_engine,
@@ -73,6 +77,7 @@ class EngineServer:
         self._engine: EngineLoop | None = None
         self._facts: ModelFacts | None = None
         self._files: dict[str, bytes] = {}
+        self._side_files: Callable[[str], dict[str, bytes]] = lambda uri: {}
         self._connections: dict[int, Connection] = {}
         self._ids = itertools.count(1)
         self._asyncio: asyncio.AbstractEventLoop | None = None
@@ -83,6 +88,7 @@ class EngineServer:
                 web.get(FACTS_PATH, self._serve_facts),
                 web.get(FILES_PATH + "/{name}", self._serve_file),
                 web.get(ADAPTERS_PATH, self._adapters),
+                web.get(ADAPTER_FILES_PATH, self._serve_adapter_files),
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._metrics),
@@ -91,9 +97,20 @@ class EngineServer:
         self.app.on_startup.append(self._remember_loop)
         self.app.on_shutdown.append(self._close_connections)
 
-    def attach(self, engine: "EngineLoop", facts: ModelFacts, files: dict[str, bytes]) -> None:
-        """The model is loaded: from now on requests are served."""
+    def attach(
+        self,
+        engine: "EngineLoop",
+        facts: ModelFacts,
+        files: dict[str, bytes],
+        side_files: Callable[[str], dict[str, bytes]] = lambda uri: {},
+    ) -> None:
+        """The model is loaded: from now on requests are served.
+
+        Args:
+            side_files: What the adapter at a URI brought for the text side (blocks; raises `AdapterError`).
+        """
         self._engine, self._facts, self._files = engine, facts, files
+        self._side_files = side_files
 
     def deliver(self, outbox: "dict[int, list[Message]]") -> None:
         """Called on the engine's thread with the step's messages; returns at once."""
@@ -174,6 +191,27 @@ class EngineServer:
         if request.headers.get("If-None-Match") == etag:
             return web.Response(status=304, headers={"ETag": etag})
         return web.Response(body=content, content_type="application/octet-stream", headers={"ETag": etag})
+
+    async def _serve_adapter_files(self, request: web.Request) -> web.Response:
+        if self._engine is None:
+            return _loading()
+        from engine.host_adapter import AdapterError, AdapterNotFoundError
+
+        try:
+            files = await asyncio.to_thread(self._side_files, request.query.get("uri", ""))
+        except AdapterNotFoundError:
+            return web.json_response({"error": "there is no such adapter"}, status=404)
+        except AdapterError as error:
+            return web.json_response({"error": str(error)}, status=422)
+        digest = hashlib.sha256()
+        for name in sorted(files):
+            digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
+        version = digest.hexdigest()
+        if request.query.get("version") == version:
+            return web.Response(status=204)
+        return web.Response(
+            body=encode(AdapterFiles(version, files)), content_type="application/octet-stream"
+        )
 
     async def _healthz(self, _: web.Request) -> web.Response:
         stalled = self._engine is not None and time.monotonic() - self._engine.alive_s > STALL_S

@@ -129,6 +129,14 @@ class Sources:
             known.signature, known.checked_s = signature, self._clock()
         return files
 
+    def side_files(self, uri: str) -> dict[str, bytes]:
+        """What the adapter brought for the text side. Blocks. Raises `AdapterError`."""
+        self._check_allowed(uri)
+        if not is_local(uri):
+            return {name: content for name, content in self.read(uri).items() if name in SIDE_FILES}
+        local_version(uri)
+        return _side_files(local_directory(uri), self._limits)
+
     def _recheck(self, uri: str) -> None:
         """On a thread of its own: has it been published anew?"""
         signature = None
@@ -221,14 +229,21 @@ def read_directory(uri: str, limits: Limits) -> dict[str, bytes]:
         version = local_version(uri)
         check_size(WEIGHTS_FILE, version[3], limits)
         files = {name: _contents(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-        for name in SIDE_FILES:
-            if (directory / name).is_file() and (directory / name).stat().st_size <= limits.of(name):
-                files[name] = _contents(directory / name)
         if local_version(uri) == version:
             return files
     raise AdapterError(
         f"{WEIGHTS_FILE}: it changed again and again while it was read; publish it by a rename"
     )
+
+
+def _side_files(directory: Path, limits: Limits) -> dict[str, bytes]:
+    files = {}
+    for name in SIDE_FILES:
+        path = directory / name
+        if path.is_file():
+            check_size(name, path.stat().st_size, limits)
+            files[name] = _contents(path)
+    return files
 
 
 def check_size(name: str, num_bytes: int, limits: Limits) -> None:

@@ -16,12 +16,14 @@ import msgspec
 import structlog
 
 from engine.protocol import (
+    ADAPTER_FILES_PATH,
     ADAPTERS_PATH,
     FACTS_PATH,
     FILES_PATH,
     MAX_FRAME_BYTES,
     WIRE_PATH,
     Abort,
+    AdapterFiles,
     AdapterReport,
     EngineStatus,
     Generate,
@@ -174,6 +176,23 @@ class EngineClient:
             raise UnavailableError(
                 "The engine of this model is not available at the moment.", retry_after_s=RETRY_AFTER_S
             ) from error
+
+    async def adapter_files(self, uri: str, version: str | None) -> AdapterFiles | None:
+        """The text files an adapter brought, or None: still of this version, unknown, or not to be had now.
+
+        Whatever is wrong with the adapter is told to the request that uses it.
+        """
+        query = {"uri": uri} | ({"version": version} if version else {})
+        timeout = aiohttp.ClientTimeout(total=self._request_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        try:
+            async with self._session.get(
+                self._url + ADAPTER_FILES_PATH, params=query, timeout=timeout
+            ) as response:
+                if response.status != 200:
+                    return None
+                return msgspec.msgpack.decode(await response.read(), type=AdapterFiles)
+        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError):
+            return None
 
     async def run(self) -> None:
         """Connect, serve, reconnect, until cancelled. One task owns this."""

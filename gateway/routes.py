@@ -27,6 +27,7 @@ from gateway.detokenizer import Detokenizer, detokenize
 from gateway.disconnect import while_connected
 from gateway.errors import GatewayError, InternalError, InvalidRequestError
 from gateway.metrics import Metrics
+from gateway.model_text import ModelText
 from gateway.openai_request import (
     check_chat,
     check_completion,
@@ -48,7 +49,7 @@ from gateway.openai_schema import (
     Tokens,
     WeightedAdapter,
 )
-from gateway.served_model import ModelText, ServedModel, ServedModels
+from gateway.served_model import ServedModel, ServedModels
 from gateway.sse import EventStream
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -104,7 +105,7 @@ async def chat_completions(request: Request) -> ASGIApp:
     fields = decode(await request.body(), ChatFields)
     messages = check_chat(fields)
     model, adapter = _find(request, fields.model, fields.adapters)
-    text = model.text
+    text = await model.text_for(adapter)
     check_token_ids(fields, text.facts.vocab_size)
 
     async def prepare() -> Prepared:
@@ -125,7 +126,7 @@ async def completions(request: Request) -> ASGIApp:
     fields = decode(await request.body(), CompletionFields)
     given = check_completion(fields)
     model, adapter = _find(request, fields.model, fields.adapters)
-    text = model.text
+    text = await model.text_for(adapter)
     check_token_ids(fields, text.facts.vocab_size)
 
     async def prepare() -> Prepared:
@@ -154,8 +155,8 @@ async def completions(request: Request) -> ASGIApp:
 async def tokenize(request: Request) -> ASGIApp:
     """Token ids of a prompt, or of messages under the chat template."""
     fields = decode(await request.body(), TokenizeFields)
-    model, _ = _find(request, fields.model)
-    text = model.text
+    model, adapter = _find(request, fields.model)
+    text = await model.text_for(adapter)
     if (fields.prompt is None) == (fields.messages is None):
         raise InvalidRequestError("Give either 'prompt' or 'messages'.", param="prompt")
     if fields.messages is not None:
@@ -171,9 +172,10 @@ async def tokenize(request: Request) -> ASGIApp:
 async def detokenize_tokens(request: Request) -> ASGIApp:
     """The text of token ids, special tokens written out."""
     fields = decode(await request.body(), DetokenizeFields)
-    model, _ = _find(request, fields.model)
-    check_prompt_ids(fields.tokens, model.text.facts.vocab_size)
-    return _json(Text(detokenize(model.text.tokenizer, fields.tokens, keep_special=True)))
+    model, adapter = _find(request, fields.model)
+    text = await model.text_for(adapter)
+    check_prompt_ids(fields.tokens, text.facts.vocab_size)
+    return _json(Text(detokenize(text.tokenizer, fields.tokens, keep_special=True)))
 
 
 ROUTES = [

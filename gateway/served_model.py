@@ -2,45 +2,22 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from engine.protocol import AdapterPart, AdapterRef, ModelFacts
 from gateway.adapter_list import AdapterList, ModelAdapters
+from gateway.adapter_text import AdapterTexts
 from gateway.catalog import Catalog, ListedAdapter
-from gateway.chat_template import ChatTemplate, ChatTemplateError, read_chat_template
+from gateway.chat_template import ChatTemplateError, read_chat_template
 from gateway.config import GatewayConfig, ModelConfig
 from gateway.engine_client import RETRY_AFTER_S, EngineClient, EngineFilesError
 from gateway.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
+from gateway.model_text import ModelText
 from gateway.openai_schema import Model, WeightedAdapter
 from gateway.tokenizer import Tokenizer, TokenizerError
-
-
-@dataclass(frozen=True, slots=True)
-class ModelText:
-    """What turns text into tokens and back, made of the engine's files."""
-
-    facts: ModelFacts
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-
-    async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The prompt of a chat, as transformers' `apply_chat_template` gives it.
-
-        Raises:
-            InvalidRequestError: the model has no chat template, or it refuses the messages.
-        """
-        if self.template is None:
-            raise InvalidRequestError(
-                f"{self.facts.name} has no chat template; use /v1/completions.", param="messages"
-            )
-        try:
-            prompt = self.template.render(messages)
-        except ChatTemplateError as error:
-            raise InvalidRequestError(str(error), param="messages") from error
-        return await self.tokenizer.encode(prompt, add_special_tokens=False)
 
 
 class ServedModel:
@@ -50,8 +27,13 @@ class ServedModel:
         self.name = model.name
         self.catalog = Catalog(model)
         self.client = EngineClient(model.engine, session, self._read_files, request_timeout_s)
+        self._adapter_texts = AdapterTexts(self.client.adapter_files)
         self._text: ModelText | None = None
         self._started = int(time.time())
+
+    async def text_for(self, adapter: AdapterRef | None) -> ModelText:
+        """The text side of the base, or of an adapter that brought its own. Raises `GatewayError`."""
+        return await self._adapter_texts.text_of(adapter, self.text)
 
     @property
     def text(self) -> ModelText:
@@ -120,11 +102,12 @@ class ServedModel:
         try:
             tokenizer = Tokenizer(files["tokenizer.json"])
             template = read_chat_template(files["tokenizer_config.json"])
+            config = msgspec.json.decode(files["tokenizer_config.json"], type=dict[str, Any])
         except KeyError as error:
             raise EngineFilesError(f"The engine offers no {error.args[0]}.") from error
         except (TokenizerError, ChatTemplateError) as error:
             raise EngineFilesError(str(error)) from error
-        self._text = ModelText(facts, tokenizer, template)
+        self._text = ModelText(facts, tokenizer, template, config)
 
 
 class ServedModels:

@@ -194,6 +194,22 @@ def damage(adapter: Path, how: str) -> None:
         ("DoRA", "use_dora"),
     ],
 )
+def test_an_adapter_with_a_chat_template_of_its_own_is_asked_in_its_words(system: System):
+    place = system.directory / "adapters" / "templated"
+    shutil.copytree(TRAINED / "clinc150_domain", place)
+    (place / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %} =>")
+    messages = [{"role": "user", "content": "hello"}]
+    tokens = {
+        model: httpx.post(f"{system.url}/tokenize", json={"model": model, "messages": messages}).json()
+        for model in ("smollm2-135m/templated", "smollm2-135m/clinc150_domain")
+    }
+    assert tokens["smollm2-135m/templated"]["count"] < tokens["smollm2-135m/clinc150_domain"]["count"]
+    made = system.client.chat.completions.create(
+        model="smollm2-135m/templated", messages=[{"role": "user", "content": "hello"}], max_tokens=2
+    )
+    assert made.usage and made.usage.prompt_tokens == tokens["smollm2-135m/templated"]["count"]
+
+
 def test_a_damaged_adapter_is_refused_with_the_cause_and_nothing_else_suffers(
     system: System, how: str, part: str
 ):

@@ -386,3 +386,15 @@ def test_a_full_disk_is_nobodys_problem(tmp_path, monkeypatch):
     assert cache.get("u", "1") is None and list(tmp_path.iterdir()) == []
     cache.put("u", "1", FILES)
     assert cache.get("u", "1") == FILES
+
+
+def test_the_text_side_is_given_apart_from_the_weights(tmp_path):
+    some = sources(tmp_path, "file://", "memory://")
+    place = publish(tmp_path / "a", {**FILES, "chat_template.jinja": b"t", "README.md": b"r"})
+    assert some.side_files(str(place)) == {"chat_template.jinja": b"t"}
+    store = fsspec.filesystem("memory")
+    for name, content in {**FILES, "tokenizer.json": b"{}"}.items():
+        store.pipe(f"/side/a/{name}", content)
+    assert some.side_files("memory://side/a") == {"tokenizer.json": b"{}"}
+    with pytest.raises(AdapterNotFoundError):
+        some.side_files(str(tmp_path / "no"))

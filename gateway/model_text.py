@@ -1,0 +1,36 @@
+"""What turns text into tokens and back: a tokenizer and a chat template. Knows no engine and no adapters."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.protocol import ModelFacts
+from gateway.chat_template import ChatTemplate, ChatTemplateError
+from gateway.errors import InvalidRequestError
+from gateway.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """Of one base model, or of an adapter that brought its own."""
+
+    facts: ModelFacts
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    config: dict[str, Any]
+    """The base's tokenizer_config.json."""
+
+    async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The prompt of a chat, as transformers' `apply_chat_template` gives it.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or it refuses the messages.
+        """
+        if self.template is None:
+            raise InvalidRequestError(
+                f"{self.facts.name} has no chat template; use /v1/completions.", param="messages"
+            )
+        try:
+            prompt = self.template.render(messages)
+        except ChatTemplateError as error:
+            raise InvalidRequestError(str(error), param="messages") from error
+        return await self.tokenizer.encode(prompt, add_special_tokens=False)
