@@ -22,7 +22,9 @@ import msgspec
 from tokenizers import Tokenizer
 
 from engine.checkpoint import open_checkpoint
-from scripts.bench_cpu import BASE, WORK, BenchError, Server, _gguf_file, _prompt, about, our_server
+from scripts.bench_client import BenchError, random_prompt
+from scripts.bench_machine import about
+from scripts.bench_server import BASE, WORK, Server, gguf_file, our_server
 from scripts.random_adapters import ALL_LINEAR, write_random_adapters
 
 PROMPT_TOKENS = 64
@@ -45,18 +47,18 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
 def main() -> None:
     options = _parse()
     WORK.mkdir(parents=True, exist_ok=True)
-    model = _gguf_file()
+    model = gguf_file()
     names = [f"cold{number}" for number in range(options.adapters)]
     write_random_adapters(WORK / "adapters", names, str(model), ALL_LINEAR)
     tokenizer = Tokenizer.from_buffer(open_checkpoint(str(model)).files["tokenizer.json"])
     try:
-        with our_server(model) as server:
+        with our_server("ours", str(model), WORK / "adapters", {}) as server:
             phases = asyncio.run(measure(server, tokenizer, names, options.users, options.seconds))
     except (BenchError, OSError, aiohttp.ClientError) as error:
         sys.exit(f"The measurement failed: {error}")
     print(report(phases))
     if options.out:
-        document = {"about": about(options), "phases": phases}
+        document = {"about": about("scripts.cold_adapters", options), "phases": phases}
         options.out.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
 
 
@@ -72,7 +74,7 @@ async def measure(
 
         async def user() -> None:
             while True:
-                prompt = _prompt(tokenizer, rng, PROMPT_TOKENS)
+                prompt = random_prompt(tokenizer, rng, PROMPT_TOKENS)
                 async for earlier, later in _gaps(session, server, BASE, prompt, OUTPUT_TOKENS):
                     gaps.append((later, later - earlier))
 
@@ -83,7 +85,7 @@ async def measure(
             pause = seconds / max(1, len(arriving))
             for adapter in arriving:
                 asked = time.perf_counter()
-                prompt = _prompt(tokenizer, rng, 4)
+                prompt = random_prompt(tokenizer, rng, 4)
                 async for _ in _gaps(session, server, f"{BASE}/{adapter}", prompt, 2):
                     pass
                 waits.append(time.perf_counter() - asked)

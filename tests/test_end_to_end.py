@@ -185,15 +185,6 @@ def damage(adapter: Path, how: str) -> None:
             config.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize(
-    ("how", "part"),
-    [
-        ("cut off", "safetensors"),
-        ("pickle", "pickle"),
-        ("another base", "names another base"),
-        ("DoRA", "use_dora"),
-    ],
-)
 def test_an_adapter_with_a_chat_template_of_its_own_is_asked_in_its_words(system: System):
     place = system.directory / "adapters" / "templated"
     shutil.copytree(TRAINED / "clinc150_domain", place)
@@ -210,6 +201,15 @@ def test_an_adapter_with_a_chat_template_of_its_own_is_asked_in_its_words(system
     assert made.usage and made.usage.prompt_tokens == tokens["smollm2-135m/templated"]["count"]
 
 
+@pytest.mark.parametrize(
+    ("how", "part"),
+    [
+        ("cut off", "safetensors"),
+        ("pickle", "pickle"),
+        ("another base", "names another base"),
+        ("DoRA", "use_dora"),
+    ],
+)
 def test_a_damaged_adapter_is_refused_with_the_cause_and_nothing_else_suffers(
     system: System, how: str, part: str
 ):
