@@ -156,21 +156,15 @@ def quantise(weight_NH: Tensor, quantization: Quantization) -> Tensor | Quantise
     """
     if quantization == "none":
         return weight_NH
-    if not torch.isfinite(weight_NH).all():
-        raise QuantizationError("the weight holds values that are not finite")
     if quantization == "nf4":
-        return _quantise_nf4(weight_NH)
-    if quantization == "fp8":
-        return Fp8Weight(*_fp8_rows(weight_NH))
-    codes_NH = torch.empty(weight_NH.shape, dtype=torch.int8)
-    scale_N = torch.empty(weight_NH.shape[0])
-    step = max(1, _CHUNK_WEIGHTS // weight_NH.shape[1])
-    for start in range(0, weight_NH.shape[0], step):
-        part = weight_NH[start : start + step].float()
-        scale = _scale(part, 127.0)
-        codes_NH[start : start + step] = (part / scale[:, None]).round().clamp(-127, 127)
-        scale_N[start : start + step] = scale
-    return Int8Weight(codes_NH, scale_N)
+        nf4 = _quantise_nf4(weight_NH)
+        made, scale = nf4, nf4.absmax
+    else:
+        made = Fp8Weight(*_fp8_rows(weight_NH)) if quantization == "fp8" else _quantise_int8(weight_NH)
+        scale = made.scale
+    if not torch.isfinite(scale).all():  # a scale is the largest magnitude of what shares it
+        raise QuantizationError("the weight holds values that are not finite")
+    return made
 
 
 def stack(weights: Sequence[Tensor | QuantisedWeight], dtype: torch.dtype) -> Tensor | QuantisedWeight:
@@ -190,6 +184,18 @@ def stack(weights: Sequence[Tensor | QuantisedWeight], dtype: torch.dtype) -> Te
         return Nf4Weight(codes, absmax, (sum(each.shape[0] for each in blocks), blocks[0].shape[1]))
     dense = [weight if isinstance(weight, Tensor) else weight.dense(dtype) for weight in weights]
     return torch.cat([weight.to(dtype) for weight in dense])
+
+
+def _quantise_int8(weight_NH: Tensor) -> Int8Weight:
+    codes_NH = torch.empty(weight_NH.shape, dtype=torch.int8)
+    scale_N = torch.empty(weight_NH.shape[0])
+    step = max(1, _CHUNK_WEIGHTS // weight_NH.shape[1])
+    for start in range(0, weight_NH.shape[0], step):
+        part = weight_NH[start : start + step].float()
+        scale = _scale(part, 127.0)
+        codes_NH[start : start + step] = (part / scale[:, None]).round_().clamp_(-127, 127)
+        scale_N[start : start + step] = scale
+    return Int8Weight(codes_NH, scale_N)
 
 
 def _quantise_nf4(weight_NH: Tensor) -> Nf4Weight:
@@ -220,4 +226,4 @@ def _fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def _scale(rows: Tensor, largest: float) -> Tensor:
     """What makes each row's largest magnitude `largest`; 1 for a row of zeros."""
     scale = rows.abs().amax(1) / largest
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -17,6 +17,9 @@ PANEL = 32
 INT8, NF4 = 0, 1
 """As in quant.c."""
 
+_CHUNK_BYTES = 1 << 20
+"""Put in order at a time, so that the copies in between stay small."""
+
 
 @dataclass(frozen=True, slots=True)
 class CodePanels(Linear):
@@ -48,24 +51,37 @@ def fits(weight: QuantisedWeight) -> bool:
 def pack(weight: QuantisedWeight, bias_N: Tensor | None) -> CodePanels:
     """Panels of a weight that `fits`."""
     outputs, inputs = weight.shape
-    spare = -outputs % PANEL
+    spare, count = -outputs % PANEL, -(-outputs // PANEL)
     bias = None if bias_N is None else bias_N.float().contiguous()
     if isinstance(weight, Int8Weight):
-        codes_NH = F.pad(weight.codes, (0, 0, 0, spare))
-        signed = (codes_NH.abs().to(torch.uint8)) | ((codes_NH < 0).to(torch.uint8) << 7)
-        panels = signed.view(-1, 2, 4, 4, inputs // 2, 2).permute(0, 4, 2, 1, 3, 5)
-        packed = panels.reshape(-1, inputs // 2, 4, 2, 8).contiguous()
-        return CodePanels(packed, bias, outputs, F.pad(weight.scale, (0, spare)), INT8)
-    if not isinstance(weight, Nf4Weight):
+        rows, order, form = weight.codes, _int8_order, INT8
+        packed = torch.empty(count, inputs // 2, 4, 2, 8, dtype=torch.uint8)
+        scale = F.pad(weight.scale, (0, spare))
+    elif isinstance(weight, Nf4Weight):
+        rows, order, form = weight.codes.view(outputs, inputs // 2), _nf4_order, NF4
+        packed = torch.empty(count, inputs // 4, 8, 2, 2, 2, dtype=torch.uint8)
+        absmax = F.pad(weight.absmax.view(outputs, -1), (0, 0, 0, spare))
+        scale = absmax.view(-1, PANEL, inputs // NF4_BLOCK).transpose(1, 2).contiguous()
+    else:
         raise TypeError(f"{type(weight).__name__} has no panels")
-    pairs_NH = F.pad(weight.codes.view(outputs, inputs // 2), (0, 0, 0, spare))
-    codes = torch.stack([pairs_NH >> 4, pairs_NH & 15], -1)
-    codes = codes.view(-1, 2, 2, 8, inputs // 4, 2, 2)  # panel, v, half, j, four, pair, i
+    step = max(1, _CHUNK_BYTES // (PANEL * inputs))
+    for first in range(0, count, step):
+        part = rows[first * PANEL : (first + step) * PANEL]
+        packed[first : first + step] = order(F.pad(part, (0, 0, 0, -len(part) % PANEL)))
+    return CodePanels(packed, bias, outputs, scale, form)
+
+
+def _int8_order(codes_NH: Tensor) -> Tensor:
+    signed = codes_NH.abs().to(torch.uint8) | ((codes_NH < 0).to(torch.uint8) << 7)
+    words = signed.view(-1, 2, 4, 4, codes_NH.shape[1] // 2, 2)  # panel, vector, part, output, two, input
+    return words.permute(0, 4, 2, 1, 3, 5).reshape(-1, codes_NH.shape[1] // 2, 4, 2, 8)
+
+
+def _nf4_order(pairs: Tensor) -> Tensor:
+    codes = torch.stack([pairs >> 4, pairs & 15], -1)
+    codes = codes.view(-1, 2, 2, 8, pairs.shape[1] // 2, 2, 2)  # panel, v, half, j, four, pair, i
     codes = codes.permute(0, 4, 3, 6, 5, 1, 2)  # panel, four, j, i, pair, v, half
-    packed = (codes[..., 0] | (codes[..., 1] << 4)).contiguous()
-    absmax = F.pad(weight.absmax.view(outputs, -1), (0, 0, 0, spare))
-    scale = absmax.view(-1, PANEL, inputs // NF4_BLOCK).transpose(1, 2).contiguous()
-    return CodePanels(packed, bias, outputs, scale, NF4)
+    return codes[..., 0] | (codes[..., 1] << 4)
 
 
 def unpack_rows(panels: CodePanels, index: Tensor) -> Tensor:
