@@ -53,6 +53,11 @@ class Constraint:
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=self._vocab_size)
         return torch.from_numpy(allowed).bool()
 
+    def take(self, token_id: int) -> bool:
+        """Note the token just sampled (no end token); whether nothing but the end may follow it."""
+        self._consumed += 1
+        return self._matcher.consume_token(token_id) and self._matcher.is_stopped()
+
 
 class GrammarCompiler:
     """Makes constraints for one tokenizer. May be called from any thread; slow the first time and for large grammars."""
@@ -82,8 +87,9 @@ class GrammarCompiler:
     def _match(self, grammar: Grammar) -> llguidance.LLMatcher:
         if len(grammar.value.encode()) > MAX_GRAMMAR_BYTES:
             raise GrammarError(f"The {grammar.kind} is larger than {MAX_GRAMMAR_BYTES} bytes.")
+        tokens = self._tokens()
         try:
-            matcher = llguidance.LLMatcher(self._tokens(), _source(grammar), log_level=0)
+            matcher = llguidance.LLMatcher(tokens, _source(grammar), log_level=0)
         except (ValueError, RecursionError) as error:
             raise GrammarError(f"The {grammar.kind} cannot be used: {error}") from error
         if matcher.is_error():

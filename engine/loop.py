@@ -373,18 +373,24 @@ class EngineLoop:
             constraint = self._grammars.compile(grammar)
         except GrammarError as error:
             self._inbox.put(partial(self._compiled, sequence, None, str(error)))
-        except Exception as error:
+        except Exception:
             log.exception("grammar_failed")
-            text = f"The {grammar.kind} cannot be used: {type(error).__name__}."
-            self._inbox.put(partial(self._compiled, sequence, None, text))
+            text = f"The engine failed while compiling the {grammar.kind}."
+            self._inbox.put(partial(self._compiled, sequence, None, text, RejectCode.INTERNAL))
         else:
             self._inbox.put(partial(self._compiled, sequence, constraint, ""))
 
-    def _compiled(self, sequence: Sequence, constraint: Constraint | None, reason: str) -> None:
+    def _compiled(
+        self,
+        sequence: Sequence,
+        constraint: Constraint | None,
+        reason: str,
+        code: RejectCode = RejectCode.GRAMMAR_INVALID,
+    ) -> None:
         if sequence.state is SequenceState.FINISHED:
             return
         if constraint is None:
-            self._reject(sequence, RejectCode.GRAMMAR_INVALID, reason)
+            self._reject(sequence, code, reason)
             return
         sequence.constraint = constraint
         self._place(sequence)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import structlog
 import torch
@@ -95,14 +96,12 @@ class ModelRunner:
         batch = build_batch(plan, BLOCK)
         hidden_TH = self._model.forward(batch, self._kv_cache, self._lora)
         ends = batch.query_start[1:].tolist()
-        errors: dict[int, str] = {}
-        sampled = self._sample(plan, hidden_TH, ends, masks, errors)
+        sampled = self._sample(plan, hidden_TH, ends, masks)
         return StepResult(
             [
-                ChunkResult(
-                    *sampled.get(index, ([], None)),
-                    self._prompt_logprobs(chunk, hidden_TH, end),
-                    errors.get(index),
+                replace(
+                    sampled.get(index, ChunkResult([])),
+                    prompt_logprobs=self._prompt_logprobs(chunk, hidden_TH, end),
                 )
                 for index, (chunk, end) in enumerate(zip(plan.chunks, ends, strict=True))
             ]
@@ -124,12 +123,8 @@ class ModelRunner:
         hidden_TH: torch.Tensor,
         ends: list[int],
         masks: dict[int, Future[torch.Tensor]],
-        errors: dict[int, str],
-    ) -> dict[int, tuple[list[int], list[TokenLogprobs] | None]]:
-        """Tokens, and their logprobs where asked for, of the chunks that sample, by their place in the plan.
-
-        Puts into `errors` why a chunk's sequence cannot go on.
-        """
+    ) -> dict[int, ChunkResult]:
+        """What the chunks that sample gave, by their place in the plan."""
         sampling = [(index, chunk) for index, chunk in enumerate(plan.chunks) if chunk.samples]
         # Those without guesses come first and are sampled together.
         sampling.sort(key=lambda each: len(each[1].draft))
@@ -141,6 +136,7 @@ class ModelRunner:
         logits_RV = self._model.logits(hidden_TH[rows], slots, self._lora)
         scored = any(chunk.sequence.request.sampling.logprobs is not None for _, chunk in sampling)
         raw_RV = logits_RV.clone() if scored else logits_RV
+        errors: dict[int, str] = {}
         for row, (index, _) in enumerate(sampling[: len(plain)]):
             if index in masks:
                 try:
@@ -153,17 +149,23 @@ class ModelRunner:
             stop = row + 1 + len(chunk.draft)
             found.append(check_draft(logits_RV[row:stop], chunk.sequence, chunk.draft, self._eos_token_ids))
             row = stop
-        results: dict[int, tuple[list[int], list[TokenLogprobs] | None]] = {}
+        results: dict[int, ChunkResult] = {}
         row = 0
         for (index, chunk), tokens in zip(sampling, found, strict=True):
             top = chunk.sequence.request.sampling.logprobs
             scores = None
             if top is not None:
                 scores = [token_logprobs(raw_RV[row + i], token, top) for i, token in enumerate(tokens)]
-            if index not in errors:
-                results[index] = tokens, scores
+            if index in errors:
+                results[index] = ChunkResult([], error=errors[index])
+            else:
+                results[index] = ChunkResult(tokens, scores, complete=self._completes(chunk, tokens[-1]))
             row += 1 + len(chunk.draft)
         return results
+
+    def _completes(self, chunk: Chunk, token_id: int) -> bool:
+        constraint = chunk.sequence.constraint
+        return constraint is not None and token_id not in self._eos_token_ids and constraint.take(token_id)
 
     def _prompt_logprobs(
         self, chunk: Chunk, hidden_TH: torch.Tensor, end: int

@@ -21,7 +21,7 @@ from engine.kv_blocks import BlockPool
 from engine.prompt_lookup import propose
 from engine.protocol import FinishReason, TokenLogprobs
 from engine.sequence import Flow, Sequence, SequenceState
-from engine.step import Chunk, StepPlan, StepResult
+from engine.step import Chunk, ChunkResult, StepPlan, StepResult
 
 DEEPEST_DEBT = 16
 """In quanta. What a flow has had beyond its share counts against it up to here, so that it is heard again soon."""
@@ -330,7 +330,7 @@ class Scheduler:
             if found.prompt_logprobs and sequence.num_generated == 0:
                 sequence.prompt_logprobs.extend(found.prompt_logprobs)
             if found.token_ids:
-                progress.append(self._advance(chunk, found.token_ids, found.logprobs))
+                progress.append(self._advance(chunk, found))
             self._register(sequence, chunk)
             if not sequence.is_computing_prompt:
                 self._release_followers(sequence)
@@ -339,20 +339,22 @@ class Scheduler:
                 self._finish(sequence, sequence.finish_reason)
         return progress
 
-    def _advance(self, chunk: Chunk, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> Progress:
+    def _advance(self, chunk: Chunk, found: ChunkResult) -> Progress:
         """Append what was sampled, up to the sequence's end."""
         sequence, shown = chunk.sequence, 0
-        for count, token_id in enumerate(token_ids):
+        for count, token_id in enumerate(found.token_ids):
             sequence.finish_reason = self._append(sequence, token_id)
             sequence.num_computed += count > 0  # a right guess has its keys and values in the pages already
             shown += sequence.finish_reason is not FinishReason.STOP
             if sequence.finish_reason is not None:
                 break
+        if found.complete:
+            sequence.finish_reason = FinishReason.STOP
         self.num_proposed += len(chunk.draft)
-        self.num_accepted += len(token_ids) - 1
+        self.num_accepted += len(found.token_ids) - 1
         self._charge(sequence, shown - 1)
-        scores = None if logprobs is None else logprobs[:shown]
-        return Progress(sequence, token_ids[:shown], scores, sequence.finish_reason)
+        scores = None if found.logprobs is None else found.logprobs[:shown]
+        return Progress(sequence, found.token_ids[:shown], scores, sequence.finish_reason)
 
     def _register(self, sequence: Sequence, chunk: Chunk) -> None:
         """Offer the blocks that this chunk filled to the prefix cache."""

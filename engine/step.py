@@ -58,6 +58,8 @@ class ChunkResult:
     """The next entries of the prompt's list, to be appended: the chunk's rows give positions start+1 ..
     start+num_tokens (as far as the prompt goes), and a chunk that starts at 0 puts None for position 0 first.
     Only when the request asks for them."""
+    complete: bool = False
+    """Whether the sequence's grammar allows nothing but the end after the last token: it ends with it."""
     error: str | None = None
     """Why the sequence cannot go on, for the caller; nothing was sampled then."""
 

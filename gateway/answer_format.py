@@ -72,7 +72,7 @@ def _of_options(group: str | None, options: dict[str, Any] | None) -> list[tuple
     """vLLM's: `structured_outputs` with one of these keys, or each as a field of its own, called `guided_<key>`."""
     found: list[tuple[str, Grammar]] = []
     for key, value in (options or {}).items():
-        param = f"{group}.{key}" if group else f"guided_{key}"
+        param = f"{group}.{key[:100]}" if group else f"guided_{key}"
         if value is None or (key == "json_object" and value is False):
             continue
         match key, value:

@@ -29,6 +29,9 @@ PERSON = {
 }
 
 
+END = 2
+
+
 class World:
     """A tiny model that says anything, and its compiler."""
 
@@ -55,9 +58,7 @@ class World:
         return sequence
 
     def text(self, driver: Driver, sequence: Sequence) -> str:
-        ids = driver.generated(sequence)
-        if sequence.finish_reason is FinishReason.STOP:
-            ids = ids[:-1]
+        ids = [token for token in driver.generated(sequence) if token != END]
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
@@ -114,6 +115,14 @@ def test_where_the_grammar_ends_the_answer_ends(world, sampling):
     sequence = world.ask(driver, Grammar("choice", '["ab"]'), **sampling)
     driver.run()
     assert (world.text(driver, sequence), sequence.finish_reason) == ("ab", FinishReason.STOP)
+
+
+def test_an_answer_that_fills_its_tokens_exactly_has_ended_all_the_same(world):
+    driver = world.driver()
+    sequence = world.ask(driver, Grammar("choice", '["a"]'), max_tokens=1)
+    (progress,) = driver.run()
+    assert (world.text(driver, sequence), progress.finish_reason) == ("a", FinishReason.STOP)
+    assert progress.token_ids == driver.generated(sequence), "the last token is told"
 
 
 def test_an_answer_cut_off_says_so(world):

@@ -171,7 +171,7 @@ def test_a_flood_of_another_flow_costs_a_lone_request_two_steps_at_most(length, 
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from("ac"), st.sampled_from(["", "t"]), st.integers(1, 90), st.integers(1, 60)),
+        st.tuples(st.sampled_from("ac"), st.just(""), st.integers(1, 90), st.integers(1, 60)),
         min_size=60,
         max_size=100,
     ),
@@ -180,7 +180,9 @@ def test_a_flood_of_another_flow_costs_a_lone_request_two_steps_at_most(length, 
     st.integers(1, 30),
     st.sampled_from([0, 3]),
 )
-def test_whatever_floods_a_lone_request_starts_within_two_steps(flood, blocks, length, after, guesses):
+def test_whatever_two_flows_flood_a_lone_request_starts_within_two_steps(
+    flood, blocks, length, after, guesses
+):
     bench = Bench(blocks=blocks, speculative_tokens=guesses, speculative_ngram=1)
     for index, (adapter, tenant, prompt, answer) in enumerate(flood):
         bench.add(prompt, adapter, first=index, tenant=tenant, max_tokens=answer)
