@@ -4,6 +4,7 @@ The engine, which fetches adapters, is asked for what one brought along before i
 few seconds, so that an adapter published anew is noticed.
 """
 
+import asyncio
 import hashlib
 import time
 from collections import OrderedDict
@@ -57,7 +58,9 @@ class AdapterTexts:
             return known.text
         files = await self._fetch(adapter.uri, known.version if known else None)
         if files is not None:
-            known = _Known(files.version, base, self._make(adapter.name, files.files, base), now)
+            # A tokenizer takes up to a second to read, and everybody's streams would wait for it.
+            text = await asyncio.to_thread(self._make, adapter.name, files.files, base)
+            known = _Known(files.version, base, text, now)
             self._known[adapter.uri] = known
             if len(self._known) > MAX_ADAPTERS:
                 self._known.popitem(last=False)
