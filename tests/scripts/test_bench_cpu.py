@@ -96,7 +96,7 @@ def _measure(
 def test_a_cell_counts_the_tokens_of_all_requests(peer: tuple[Peer, str], tokenizer: Tokenizer):
     cell = _measure(peer, tokenizer, None, by_name=True)
     assert cell.requests == 6
-    assert cell.output_tokens_per_s == pytest.approx(6 * 5 / cell.wall_s, rel=0.01)
+    assert cell.output_tokens_per_s == pytest.approx(6 * 5 / cell.wall_s, rel=0.05)  # wall_s is rounded
     assert 0 < cell.ttft_p50_s <= cell.ttft_p90_s <= cell.wall_s
     assert cell.inter_token_p50_s >= 0.002
     assert cell.rss_mib > 0
