@@ -23,7 +23,7 @@ from engine.protocol import FinishReason, TokenLogprobs
 from engine.sequence import Flow, Sequence, SequenceState
 from engine.step import Chunk, ChunkResult, StepPlan, StepResult
 
-DEEPEST_DEBT = 16
+DEEPEST_DEBT = 4
 """In quanta. What a flow has had beyond its share counts against it up to here, so that it is heard again soon."""
 
 
@@ -76,7 +76,7 @@ class Scheduler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._speculative_tokens = speculative_tokens
         self._speculative_ngram = speculative_ngram
-        self._quantum = max(16, max_batch_tokens // 8)
+        self._quantum = max_batch_tokens  # a turn finishes most prompts: in slices all would be late together
         self._flows: OrderedDict[Flow, FlowQueue] = OrderedDict()
         """In the order of their turns."""
         self._running: list[Sequence] = []
