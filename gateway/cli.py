@@ -29,7 +29,11 @@ WATCH_S = 2.0
 _REQUIREMENTS = {
     "engine": ("torch", "numpy", "safetensors", "gguf", "tokenizers"),
     "gateway": ("litestar", "tokenizers", "jinja2", "uvicorn"),
+    "loadtest": ("locust", "matplotlib", "numpy", "psutil"),
+    "tuning": ("rouge_score",),
 }
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""For commands whose options another program reads."""
 
 app = typer.Typer(
     name="loraland",
@@ -174,6 +178,23 @@ def chat(
                 typer.echo(choice["delta"].get("content") or "", nl=False)
                 sys.stdout.flush()
     typer.echo()
+
+
+@app.command(context_settings=_PASS_ON)
+def loadtest(context: typer.Context) -> None:
+    """Load a server with users and report the latency they got; `loadtest compare A B` puts runs side by side."""
+    _require("loadtest")
+    module, arguments = "loadtest", context.args
+    if arguments[:1] == ["compare"]:
+        module, arguments = "loadtest.compare_runs", arguments[1:]
+    _become((sys.executable, "-m", module, *arguments))
+
+
+@app.command(context_settings=_PASS_ON)
+def compare(context: typer.Context) -> None:
+    """Ask two models the same held-out examples: quality, latency and cost, side by side."""
+    _require("loadtest", "tuning")
+    _become((sys.executable, "-m", "loadtest.compare_models", *context.args))
 
 
 def _find_config(given: Path | None) -> Path:
