@@ -46,7 +46,8 @@ class CompletionStream:
 
     An event counts as content when it carries text, reasoning text or a tool call that is not empty: the opening
     chunk with only a role does not, nor does the closing one with only usage. Content events are not tokens: a
-    server may put several tokens into one event. `completion_tokens` is the server's own count, or None.
+    server may put several tokens into one event. `completion_tokens` is the server's own count, or None. The text is
+    kept only when asked for: load needs none of it.
     """
 
     __slots__ = (
@@ -58,10 +59,12 @@ class CompletionStream:
         "event_times",
         "finish_reason",
         "prompt_tokens",
+        "texts",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_text: bool = False) -> None:
         self._decoder = SseDecoder()
+        self.texts: list[str] | None = [] if keep_text else None
         self.event_times: list[float] = []
         self.done_at: float | None = None
         self.error: str | None = None
@@ -119,6 +122,8 @@ class CompletionStream:
             said = choice.get("delta")
             said = said if isinstance(said, dict) else choice
             has_content = has_content or any(said.get(key) for key in _CONTENT_KEYS)
+            if self.texts is not None:
+                self.texts.append(str(said.get("content") or said.get("text") or ""))
         if has_content:
             self.event_times.append(now)
 
