@@ -26,7 +26,7 @@ def read_adapter(ref: AdapterRef, spec: ModelSpec, sources: Sources) -> HostAdap
     sha256 = hashlib.sha256(weights).hexdigest()
     if ref.sha256 is not None and sha256 != ref.sha256.lower():
         raise AdapterError(f"{WEIGHTS_FILE}: its sha256 is {sha256}, the catalog says {ref.sha256}")
-    return read_peft(config, weights, spec, ref.name.partition("/")[0])
+    return read_peft(config, weights, sha256, spec, ref.name.partition("/")[0])
 
 
 def _read_part(part: AdapterPart, spec: ModelSpec, sources: Sources) -> HostAdapter:

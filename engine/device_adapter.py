@@ -68,11 +68,12 @@ def prepare_adapter(adapter: HostAdapter, dtype: torch.dtype, base: BaseWeights)
     modules: dict[tuple[int, str], LoraEntry] = {}
     used = 0
 
-    def place(values: Tensor) -> Tensor:
+    def place(values: Tensor, factor: float = 1.0) -> Tensor:
         nonlocal used
         view = slab[used : used + values.numel()].view(values.shape)
         used += values.numel()
-        return view.copy_(values)
+        # Rounded once, to the slab's dtype.
+        return view.copy_(values) if factor == 1.0 else torch.mul(values, factor, out=view)
 
     for key in sorted(adapter.modules.keys() | adapter.biases.keys()):
         layer, module = key
@@ -80,8 +81,11 @@ def prepare_adapter(adapter: HostAdapter, dtype: torch.dtype, base: BaseWeights)
         scale = None if weights is None else _dora_scale(weights, base, layer, module)
         affine = _affine(weights, scale, bias, base.bias(layer, module), f"{module} of layer {layer}")
         if weights is not None:
-            b_RN = _scaled(weights, scale).T
-            modules[key] = LoraEntry(place(weights.a), place(b_RN), affine)
+            if scale is None and weights.b.dtype in (dtype, torch.float32):
+                b_RN = place(weights.b.T, weights.scaling)
+            else:
+                b_RN = place(_scaled(weights, scale).T)
+            modules[key] = LoraEntry(place(weights.a), b_RN, affine)
         elif affine is not None:
             modules[key] = LoraEntry(None, None, affine)
     embedding, head = adapter.embedding, adapter.head
@@ -150,6 +154,8 @@ def _affine(
 
     `scale` multiplies neither bias, as in PEFT's DoRA.
     """
+    if scale is None and bias is None and (weights is None or weights.bias is None):
+        return None
     if bias is not None and old is None:
         raise AdapterError(f"it brings a bias for {name}, where this base has none")
     added = torch.zeros(1) if bias is None or old is None else bias.float() - old
