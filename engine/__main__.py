@@ -19,7 +19,7 @@ import structlog
 from aiohttp import web
 
 from engine.config import ConfigError, EngineConfig, check_config, load_config
-from engine.protocol import ModelFacts
+from engine.protocol import AdapterRef, ModelFacts
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
@@ -142,6 +142,7 @@ def load(
     from engine.checkpoint import CheckpointError, open_checkpoint
     from engine.disk_cache import DiskCache
     from engine.grammar import GrammarCompiler
+    from engine.host_adapter import AdapterError
     from engine.loop import EngineLoop, ModelLimits
     from engine.peft import largest_file
     from engine.sources import Limits, Sources
@@ -192,6 +193,11 @@ def load(
         grammars=GrammarCompiler(checkpoint.files["tokenizer.json"], spec.vocab_size, spec.eos_token_ids),
     )
     facts = model_facts(config, checkpoint, engine.scheduler.max_len)
+    for uri in config.adapter_pinned:
+        try:
+            engine.pin(AdapterRef(f"{config.name}/{uri.rstrip('/').rpartition('/')[2]}", uri))
+        except AdapterError as error:
+            raise LoadError(f"adapter_pinned: {error}") from error
     engine.start()
     server.attach(engine, facts, checkpoint.files, sources.side_files)
     log.info("engine_ready", model=config.name, max_model_len=facts.max_model_len)

@@ -16,7 +16,7 @@ def adapter_report(residency: Residency, using: Iterable[tuple[Version, bool]], 
     counts = Counter(using)
     books = residency.snapshot()
     books.sort(key=lambda pair: pair[1].used_s, reverse=True)
-    adapters = [_status(version, entry, counts, now) for version, entry in books]
+    adapters = [_status(version, entry, counts, residency.pinned(version), now) for version, entry in books]
     return AdapterReport(
         slots=residency.num_slots,
         slots_used=sum(entry.slot is not None for _, entry in books),
@@ -31,7 +31,7 @@ def adapter_report(residency: Residency, using: Iterable[tuple[Version, bool]], 
 
 
 def _status(
-    version: Version, entry: Entry, counts: Counter[tuple[Version, bool]], now: float
+    version: Version, entry: Entry, counts: Counter[tuple[Version, bool]], pinned: bool, now: float
 ) -> AdapterStatus:
     if entry.state is AdapterState.RESIDENT:
         tier = AdapterTier.DEVICE
@@ -50,4 +50,5 @@ def _status(
         waiting=counts[version, False],
         used_s_ago=round(max(0.0, now - entry.used_s), 3),
         reason=entry.reason,
+        pinned=pinned,
     )

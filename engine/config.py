@@ -42,6 +42,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Adapters that can be resident at once."""
     adapter_device_mib: int = 512
     adapter_host_mib: int = 1024
+    adapter_pinned: tuple[str, ...] = ()
+    """URIs of adapters that are loaded at start and stay on the device."""
     adapter_sources: tuple[str, ...] = ("file://",)
     """Where adapters may come from, as beginnings of URIs; `file://` is every local directory."""
     adapter_allow_private: bool = False
@@ -81,9 +83,14 @@ def load_config(path: str | Path) -> EngineConfig:
     if not config.model.startswith(("package:", "hf://")):
         config = msgspec.structs.replace(config, model=str(path.absolute().parent / config.model))
     root = path.absolute().parent
-    sources = tuple(each if "://" in each else str(root / each) for each in config.adapter_sources)
+    sources, pinned = (
+        tuple(each if "://" in each else str(root / each) for each in uris)
+        for uris in (config.adapter_sources, config.adapter_pinned)
+    )
     disk = config.adapter_disk_dir and str(root / Path(config.adapter_disk_dir).expanduser())
-    return msgspec.structs.replace(config, adapter_sources=sources, adapter_disk_dir=disk)
+    return msgspec.structs.replace(
+        config, adapter_sources=sources, adapter_pinned=pinned, adapter_disk_dir=disk
+    )
 
 
 def check_config(config: EngineConfig, source: str) -> None:
@@ -115,6 +122,11 @@ def check_config(config: EngineConfig, source: str) -> None:
         raise ConfigError(
             f'{source}: [engine]: quantization: "fp8" needs a CUDA device, and this engine computes on the CPU: '
             'choose "int8" or "nf4".'
+        )
+    if len(config.adapter_pinned) >= config.adapter_slots:
+        raise ConfigError(
+            f"{source}: [engine]: adapter_pinned: {len(config.adapter_pinned)} adapters leave none of the "
+            f"{config.adapter_slots} adapter_slots to others: raise adapter_slots."
         )
     if config.port > 65535:
         raise ConfigError(f"{source}: [engine]: port: must be at most 65535, not {config.port}.")

@@ -164,6 +164,15 @@ class EngineLoop:
         """Abort everything of a connection that is gone."""
         self._inbox.put(partial(self._disconnect, connection))
 
+    def pin(self, ref: AdapterRef) -> None:
+        """Load an adapter now and keep it on the device. Raises `AdapterError` when it cannot be there."""
+        version = Version(ref, self._version_of(ref))
+        self._inbox.put(lambda: self.residency.pin(version, self._clock()))
+
+    def unpin(self, ref: AdapterRef) -> None:
+        """It may be evicted again."""
+        self._inbox.put(lambda: self.residency.unpin(ref))
+
     def status(self) -> EngineStatus:
         """A snapshot, from any thread."""
         return EngineStatus(
@@ -517,7 +526,7 @@ class EngineLoop:
 
     def _load_adapters(self) -> None:
         """Admit what has become resident, refuse what failed, and start the I/O that residency asks for."""
-        if not self._waiting_adapter and not self._versions and not self._host:
+        if not (self._waiting_adapter or self._versions or self._host or self.residency.num_pins):
             return
         now = self._clock()
         for version, sequences in list(self._waiting_adapter.items()):

@@ -9,14 +9,13 @@ import math
 import re
 from collections.abc import Mapping
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.host_adapter import MAX_RANK, AdapterError, HostAdapter, LoraWeights, VocabularyWeights
 from engine.peft_config import CONFIG_FILE, EMBEDDING, HEAD, WEIGHTS_FILE, PeftConfig
 from engine.spec import ModelSpec
+from engine.tensor_file import TensorFileError, view_tensors
 
 
 def largest_file(spec: ModelSpec) -> int:
@@ -252,8 +251,8 @@ def _tied(embedding: VocabularyWeights, config: PeftConfig) -> VocabularyWeights
 
 def _tensors(data: bytes) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError) as error:
+        return view_tensors(data)
+    except TensorFileError as error:
         if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             raise AdapterError(
                 f"{WEIGHTS_FILE}: a pickle, not safetensors; pickles are never read"

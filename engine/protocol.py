@@ -20,6 +20,9 @@ FACTS_PATH = "/v1/model"
 FILES_PATH = "/v1/model/files"
 ADAPTER_FILES_PATH = "/v1/adapters/files"
 ADAPTERS_PATH = "/adapters"
+PIN_PATH = "/adapters/pin"
+UNPIN_PATH = "/adapters/unpin"
+"""`POST` with an `AdapterRef` as JSON: load it and keep it on the device; let it go."""
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 

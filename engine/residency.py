@@ -5,6 +5,8 @@
     ON_HOST --host copy dropped--> (absent)
     FETCHING, COPYING --failed--> FAILED --after a while--> (absent)
 
+A pinned adapter counts as awaited until it is resident, and is then never evicted.
+
 Methods change the books and return nothing; the I/O to do comes out of `actions()`. The caller performs it (files on a
 loader thread, slots between steps) and reports back with `fetched`, `copied` or `failed`. An adapter is known by its
 `Version`: where it lives and what its files looked like, so a re-published directory is a new adapter, and sequences
@@ -51,7 +53,11 @@ class Version:
 
 
 def _place(ref: AdapterRef) -> Hashable:
-    return ref.uri, ref.sha256, tuple((_place(part.ref), part.weight) for part in ref.parts)
+    return (
+        ref.uri.removeprefix("file://").rstrip("/"),
+        ref.sha256,
+        tuple((_place(part.ref), part.weight) for part in ref.parts),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +124,33 @@ class Residency:
         self.host_budget_bytes = host_bytes
         self.device_budget_bytes = device_bytes
         self._entries: dict[Version, Entry] = {}
+        self._pins: dict[Hashable, Version] = {}
+        """By place, the version to keep: the newest that was asked for."""
         self._actions: list[Action] = []
         self.num_evictions = 0
 
+    def pin(self, version: Version, now: float) -> None:
+        """Load it, and keep it on the device until `unpin`; a newer version takes its place when one is wanted."""
+        self._pins[_place(version.ref)] = version
+        entry = self._entries.get(version)
+        if entry is None or (entry.state is AdapterState.FAILED and entry.waiting == 0):
+            self._entries[version] = Entry(AdapterState.WANTED, wanted_s=now, used_s=now)
+
+    def unpin(self, ref: AdapterRef) -> None:
+        """From now on it may be evicted like any other."""
+        self._pins.pop(_place(ref), None)
+
+    def pinned(self, version: Version) -> bool:
+        return self._pins.get(_place(version.ref)) == version
+
+    @property
+    def num_pins(self) -> int:
+        return len(self._pins)
+
     def want(self, version: Version, now: float) -> None:
         """A request waits for this adapter; ends with `admit` or `cancel`."""
+        if _place(version.ref) in self._pins:
+            self._pins[_place(version.ref)] = version
         entry = self._entries.get(version)
         if entry is not None and entry.state is AdapterState.FAILED and entry.waiting == 0:
             entry = entry if now - entry.used_s < RETRY_FAILED_S else None
@@ -219,17 +247,19 @@ class Residency:
             self._actions.append(Fetch(version))
         for version, entry in list(self._entries.items()):
             forgotten = entry.state is AdapterState.FAILED and now - entry.used_s >= RETRY_FAILED_S
-            if entry.waiting == 0 and (forgotten or entry.state is AdapterState.WANTED):
+            unwanted = entry.state is AdapterState.WANTED and not self._awaited(version, entry)
+            if entry.waiting == 0 and (forgotten or unwanted):
                 del self._entries[version]
         actions, self._actions = self._actions, []
         return actions
 
     def _waiting_in(self, state: AdapterState) -> list[Version]:
         """Adapters in a state that somebody waits for, the longest waiting first."""
-        found = [
-            version for version, entry in self._entries.items() if entry.state is state and entry.waiting
-        ]
+        found = [v for v, entry in self._entries.items() if entry.state is state and self._awaited(v, entry)]
         return sorted(found, key=lambda version: self._entries[version].wanted_s)
+
+    def _awaited(self, version: Version, entry: Entry) -> bool:
+        return entry.waiting > 0 or self.pinned(version)
 
     def resident_names(self) -> list[str]:
         """Names of the adapters that can be used without loading."""
@@ -251,7 +281,13 @@ class Residency:
         """Reserve slot and bytes for a wanted adapter; False if it has to wait."""
         entry = self._entries[version]
         while not self._free_slots or self._device_used() + entry.device_bytes > self.device_budget_bytes:
-            resident = [(v, e) for v, e in self._entries.items() if e.state is AdapterState.RESIDENT]
+            held = [(v, e) for v, e in self._entries.items() if e.slot is not None and not self.pinned(v)]
+            if not held:
+                self._actions.append(Drop(version))
+                room = "adapter_slots and adapter_device_mib leave no room beside the pinned adapters"
+                self.failed(version, f"The adapter {version.ref.name!r} cannot be loaded: {room}.", now)
+                return True
+            resident = [(v, e) for v, e in held if e.state is AdapterState.RESIDENT]
             idle = [(v, e) for v, e in resident if e.users == 0 and e.waiting == 0]
             if not idle:
                 busy = [e for _, e in resident if e.users]
@@ -292,7 +328,7 @@ class Residency:
             if entry.held_on_host
             and (
                 entry.state is AdapterState.RESIDENT
-                or (entry.state is AdapterState.ON_HOST and not entry.waiting)
+                or (entry.state is AdapterState.ON_HOST and not self._awaited(version, entry))
             )
         ]
         droppable.sort(key=lambda pair: pair[1].used_s)

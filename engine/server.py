@@ -18,9 +18,12 @@ from engine.protocol import (
     FACTS_PATH,
     FILES_PATH,
     MAX_FRAME_BYTES,
+    PIN_PATH,
+    UNPIN_PATH,
     WIRE_PATH,
     Abort,
     AdapterFiles,
+    AdapterRef,
     Generate,
     ModelFacts,
     decode_to_engine,
@@ -89,6 +92,8 @@ class EngineServer:
                 web.get(FILES_PATH + "/{name}", self._serve_file),
                 web.get(ADAPTERS_PATH, self._adapters),
                 web.get(ADAPTER_FILES_PATH, self._serve_adapter_files),
+                web.post(PIN_PATH, self._pin),
+                web.post(UNPIN_PATH, self._pin),
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._metrics),
@@ -212,6 +217,24 @@ class EngineServer:
         return web.Response(
             body=encode(AdapterFiles(version, files)), content_type="application/octet-stream"
         )
+
+    async def _pin(self, request: web.Request) -> web.Response:
+        if self._engine is None:
+            return _loading()
+        from engine.host_adapter import AdapterError, AdapterNotFoundError
+
+        change = self._engine.pin if request.path == PIN_PATH else self._engine.unpin
+        try:
+            await asyncio.to_thread(change, msgspec.json.decode(await request.read(), type=AdapterRef))
+        except msgspec.MsgspecError as error:
+            return web.json_response(
+                {"error": f'the body must be {{"name": ..., "uri": ...}}: {error}'}, status=400
+            )
+        except AdapterNotFoundError:
+            return web.json_response({"error": "there is no such adapter"}, status=404)
+        except AdapterError as error:
+            return web.json_response({"error": str(error)}, status=422)
+        return web.Response(status=202)
 
     async def _healthz(self, _: web.Request) -> web.Response:
         stalled = self._engine is not None and time.monotonic() - self._engine.alive_s > STALL_S

@@ -31,6 +31,7 @@ def test_a_package_and_a_model_of_the_hub_are_no_paths(tmp_path, model):
         ('[engine]\nmodel = "m"\nname = "t"\nport = 70000\n', "port"),
         ('[engine]\nmodel = "m"\nname = "t"\nkv_cache_mib = 0\n', "kv_cache_mib"),
         ('[engine]\nmodel = "m"\nname = "t"\nmax_batch_tokens = 8\n', "max_sequences"),
+        ('[engine]\nmodel = "m"\nname = "t"\nadapter_slots = 1\nadapter_pinned = ["a"]\n', "adapter_pinned"),
         ("[gateway]\n", r"\[engine\]"),
         ("[engine\n", "loraland.toml"),
     ],

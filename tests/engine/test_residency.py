@@ -63,6 +63,14 @@ class World:
                 self.host.pop(version, None)
 
 
+def use(world: World, name: str, now: float) -> None:
+    """One request, from arrival to end."""
+    world.residency.want(version(name), now)
+    world.settle(now)
+    world.residency.admit(version(name), now)
+    world.residency.release(version(name), now)
+
+
 def test_a_wanted_adapter_is_fetched_copied_and_admitted():
     world, a = World(), version("a")
     world.residency.want(a, 0)
@@ -170,6 +178,50 @@ def test_waiting_adapters_beyond_the_host_budget_are_not_read_over_and_over():
             world.residency.admit(version(name), now)
         world.residency.release(version(name), now)
         world.settle(now)
+
+
+def test_a_pinned_adapter_is_loaded_without_a_request_and_never_evicted():
+    world, kept = World(), version("kept")
+    world.residency.pin(kept, 0)
+    world.settle()
+    assert kept in world.slots.values() and world.residency.pinned(kept)
+    for now, name in enumerate("abcab", 1):
+        use(world, name, now)
+        assert kept in world.slots.values(), f"evicted for {name}"
+    world.residency.unpin(kept.ref)
+    for now, name in enumerate("ab", 10):
+        use(world, name, now)
+    assert kept not in world.slots.values()
+
+
+def test_a_newer_version_of_a_pinned_adapter_takes_its_place_once_it_is_wanted():
+    world, old, new = World(), version("kept"), version("kept", signature=1)
+    world.residency.pin(old, 0)
+    world.settle()
+    world.residency.want(new, 1)
+    world.settle(1)
+    assert world.residency.pinned(new) and not world.residency.pinned(old)
+    world.residency.admit(new, 1)
+    world.residency.release(new, 1)
+    use(world, "a", 2)
+    assert new in world.slots.values() and old not in world.slots.values()
+
+
+def test_a_pin_is_known_by_its_place_however_the_place_is_written():
+    world, kept = World(), version("kept")
+    world.residency.pin(kept, 0)
+    world.residency.unpin(AdapterRef("another name", "file:///adapters/kept/"))
+    assert not world.residency.pinned(kept) and world.residency.num_pins == 0
+
+
+def test_where_only_pinned_adapters_are_left_another_gets_the_reason():
+    world, a = World(slots=1), version("a")
+    world.residency.pin(version("kept"), 0)
+    world.settle()
+    world.residency.want(a, 1)
+    world.settle(1)
+    assert "pinned" in (world.residency.failure(a) or "")
+    assert list(world.slots.values()) == [version("kept")] and a not in world.host
 
 
 class Adapters(RuleBasedStateMachine):

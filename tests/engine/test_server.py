@@ -19,8 +19,11 @@ from engine.protocol import (
     ADAPTERS_PATH,
     FACTS_PATH,
     FILES_PATH,
+    PIN_PATH,
+    UNPIN_PATH,
     WIRE_PATH,
     Abort,
+    AdapterRef,
     AdapterReport,
     EngineStatus,
     Generate,
@@ -169,6 +172,16 @@ async def test_facts_files_health_and_metrics(edge):
     assert "loraland_engine_running_sequences" in await (await edge.client.get("/metrics")).text()
     report = msgspec.json.decode(await (await edge.client.get(ADAPTERS_PATH)).read(), type=AdapterReport)
     assert report.slots == 64 and report.adapters == []
+
+
+async def test_pinning_takes_an_adapter_and_says_what_is_wrong_with_a_body(edge):
+    body = msgspec.json.encode(AdapterRef("fake/a", "/adapters/a"))
+    assert (await edge.client.post(PIN_PATH, data=body)).status == 202
+    assert await eventually(lambda: edge.engine.residency.num_pins == 1)
+    assert (await edge.client.post(UNPIN_PATH, data=body)).status == 202
+    assert await eventually(lambda: edge.engine.residency.num_pins == 0)
+    refused = await edge.client.post(PIN_PATH, data=b'{"name": 1}')
+    assert refused.status == 400 and "uri" in (await refused.json())["error"]
 
 
 async def test_before_the_model_is_loaded_it_is_alive_but_not_ready():
