@@ -14,7 +14,17 @@ from gateway.metrics import Metrics
 CLIENT_GONE = 499
 """The status of a request whose client left before the end, as nginx has it."""
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize"})
+ENDPOINTS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+    }
+)
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)

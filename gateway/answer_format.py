@@ -44,7 +44,9 @@ def _of_response_format(value: dict[str, Any] | None) -> list[tuple[str, Grammar
         case "text":
             return []
         case "json_object":
-            return [(param, Grammar("json_object"))]
+            # With a schema beside it: LoRAX's way to say json_schema.
+            schema = value.get("schema")
+            return [(param, _schema(schema) if isinstance(schema, dict) else Grammar("json_object"))]
         case "json_schema":
             wrapper = value.get("json_schema")
             if not isinstance(wrapper, dict) or not isinstance(wrapper.get("name"), str):

@@ -19,6 +19,10 @@ from gateway.errors import GatewayError, InternalError, envelope, error_of_http_
 from gateway.metrics import Metrics
 from gateway.routes import ROUTES
 from gateway.served_model import ServedModels
+from gateway.vllm_routes import VLLM_ROUTES
+
+HANDLERS = [*ROUTES, *VLLM_ROUTES]
+"""Of every address, whatever its origin."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -41,7 +45,7 @@ def create_app(config: GatewayConfig) -> ASGIApp:
                 await asyncio.gather(*clients, return_exceptions=True)
 
     app = Litestar(
-        route_handlers=ROUTES,
+        route_handlers=HANDLERS,
         lifespan=[engines],
         exception_handlers={
             GatewayError: _on_gateway_error,

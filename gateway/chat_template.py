@@ -1,6 +1,7 @@
 """Messages -> prompt text, by the model's own Jinja template under transformers' conventions. Knows no tokens."""
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -10,6 +11,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+END_MARK = "\ue000end of message\ue000 "
+"""Put behind a message to be continued, to see where the template writes its end. Templates may trim the space."""
 
 
 class ChatTemplateError(Exception):
@@ -37,26 +41,42 @@ class ChatTemplate:
             raise ChatTemplateError(f"The chat template is not valid: {error}") from error
         self._special_tokens = special_tokens
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt that asks for the assistant's next message.
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that asks for the assistant's next message, or that breaks off where the last one ends.
+
+        Args:
+            variables: More of what the template may ask about, e.g. `enable_thinking`.
 
         Raises:
             ChatTemplateError: the template refuses the messages (e.g. roles must alternate).
         """
+        if continue_final_message:
+            last = messages[-1]
+            messages = [*messages[:-1], {**last, "content": (last.get("content") or "") + END_MARK}]
+        given = {
+            **self._special_tokens,
+            **(variables or {}),
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
+            prompt = self._template.render(given)
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"The model's chat template refuses these messages: {error}") from error
         except (TypeError, ValueError) as error:
             raise ChatTemplateError(
                 f"The model's chat template cannot render these messages: {error}"
             ) from error
+        return _up_to_mark(prompt) if continue_final_message else prompt
 
 
 def read_chat_template(tokenizer_config: bytes) -> ChatTemplate | None:
@@ -81,6 +101,16 @@ def read_chat_template(tokenizer_config: bytes) -> ChatTemplate | None:
         and isinstance(text := token.get("content") if isinstance(token, dict) else token, str)
     }
     return ChatTemplate(source, special_tokens)
+
+
+def _up_to_mark(prompt: str) -> str:
+    """As in transformers, a message is continued without its last spaces if the template trims messages."""
+    before, mark, after = prompt.rpartition(END_MARK.rstrip())
+    if not mark:
+        raise ChatTemplateError(
+            "The model's chat template does not show the message that is to be continued."
+        )
+    return before if after.startswith(" ") else before.rstrip()
 
 
 class _NamedTemplate(msgspec.Struct, frozen=True):

@@ -41,6 +41,10 @@ class Job:
     stops: list[str]
     continues: bool
     """The text goes on from the prompt (completions), it is not a new message (chat)."""
+    keeps_special: bool = False
+    """Special tokens are written out."""
+    keeps_stop: bool = False
+    """The stop string that ended the text is part of it."""
     discards_output: bool = False
     """Only the prompt is asked for (echo with max_tokens 0); the engine still makes one token."""
 
@@ -141,6 +145,13 @@ def tokens_left(
     return wanted
 
 
+def truncated(token_ids: list[int], limit: int | None, room: int) -> list[int]:
+    """The last `limit` tokens of a prompt; with a limit of -1 as many as there is room for."""
+    if limit is None:
+        return token_ids
+    return token_ids[-max(1, room if limit == -1 else limit) :]
+
+
 def check_prompt_ids(token_ids: list[int], vocab_size: int) -> None:
     """Raises `InvalidRequestError` for an id that is no token."""
     if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
@@ -236,8 +247,10 @@ class _Choice:
         self.finished = False
         self._job = job
         self._prompt = job.prompts[index // job.n]
-        self._detokenizer = Detokenizer(job.tokenizer, continues=job.continues)
-        self._stops = StopStrings(job.stops)
+        self._detokenizer = Detokenizer(
+            job.tokenizer, continues=job.continues, keep_special=job.keeps_special
+        )
+        self._stops = StopStrings(job.stops, keep=job.keeps_stop)
         self._min_tokens = sampling.min_tokens
         self._scores = sampling.logprobs is not None
         self._pending: list[ScoredToken] = []

@@ -39,6 +39,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A request still unfinished after this long is aborted."""
     cors_allow_origins: tuple[str, ...] = ()
     """Origins of web pages that may call the API from a browser; none by default."""
+    runtime_adapters: bool = False
+    """Whether requests may load and unload adapters, as with vLLM; what may be read is the engine's to say."""
 
 
 def load_config(path: str | Path) -> GatewayConfig:

@@ -19,7 +19,15 @@ class ModelText:
     config: dict[str, Any]
     """The base's tokenizer_config.json."""
 
-    async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    async def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        variables: dict[str, Any] | None = None,
+    ) -> list[int]:
         """The prompt of a chat, as transformers' `apply_chat_template` gives it.
 
         Raises:
@@ -30,7 +38,12 @@ class ModelText:
                 f"{self.facts.name} has no chat template; use /v1/completions.", param="messages"
             )
         try:
-            prompt = self.template.render(messages)
+            prompt = self.template.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=variables,
+            )
         except ChatTemplateError as error:
             raise InvalidRequestError(str(error), param="messages") from error
-        return await self.tokenizer.encode(prompt, add_special_tokens=False)
+        return await self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)

@@ -11,7 +11,8 @@ import msgspec
 from engine.protocol import SamplingParams
 from gateway.answer_format import grammar_of
 from gateway.errors import InvalidRequestError, UnsupportedParameterError
-from gateway.openai_schema import ChatFields, CompletionFields, GenerationFields
+from gateway.openai_schema import ChatFields, CompletionFields, GenerationFields, TokenizeFields
+from gateway.parameters import parameters_of
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
@@ -21,41 +22,8 @@ MAX_SEQUENCES = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_MERGED_ADAPTERS = 8
 MAX_ADAPTER_WEIGHT = 100
-ANYTHING = object()
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    # Never touch the output.
-    "user": (ANYTHING,),
-    "metadata": (ANYTHING,),
-    "safety_identifier": (ANYTHING,),
-    "prompt_cache_key": (ANYTHING,),
-    "prompt_cache_retention": (ANYTHING,),
-    "parallel_tool_calls": (ANYTHING,),
-    # Without effect at these values, refused at any other.
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-    "moderation": (),
-    "suffix": (),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-}
-"""Parameters of OpenAI's and vLLM's APIs that we do not act on -> the values at which that makes no difference.
-Null never makes one."""
+TEMPLATE_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""That every chat template is given."""
 
 Fields = TypeVar("Fields", bound=msgspec.Struct)
 
@@ -74,7 +42,7 @@ def decode(body: bytes, shape: type[Fields]) -> Fields:
         raise InvalidRequestError("The request body must be a JSON object.")
     given = {name: value for name, value in document.items() if value is not None}
     for name in given.keys() - set(shape.__struct_fields__):
-        _refuse_unless_neutral(name, given[name])
+        _refuse_unless_harmless(name, given[name], shape)
     try:
         return msgspec.convert(given, shape)
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
@@ -87,6 +55,7 @@ def check_chat(fields: ChatFields) -> list[dict[str, Any]]:
     _in_range("max_completion_tokens", fields.max_completion_tokens, 1, None)
     _in_range("max_tokens", fields.max_tokens, 1, None)
     _in_range("top_logprobs", fields.top_logprobs, 0, 20)
+    check_chat_options(fields)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise InvalidRequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
     if None not in (fields.max_tokens, fields.max_completion_tokens) and (
@@ -96,6 +65,23 @@ def check_chat(fields: ChatFields) -> list[dict[str, Any]]:
             "Give 'max_tokens' or 'max_completion_tokens', not both.", param="max_tokens"
         )
     return check_messages(fields.messages)
+
+
+def check_chat_options(fields: ChatFields | TokenizeFields) -> None:
+    """What is said about the chat template.
+
+    Raises:
+        InvalidRequestError: it contradicts itself, or would replace what the template is given anyway.
+    """
+    if fields.continue_final_message and fields.add_generation_prompt:
+        raise InvalidRequestError(
+            "Give 'continue_final_message' or 'add_generation_prompt', not both.",
+            param="continue_final_message",
+        )
+    for name in TEMPLATE_VARIABLES & (fields.chat_template_kwargs or {}).keys():
+        raise UnsupportedParameterError(
+            f"'chat_template_kwargs' cannot set '{name}'.", param=f"chat_template_kwargs.{name}"
+        )
 
 
 def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -121,6 +107,10 @@ def check_completion(fields: CompletionFields) -> list[str | list[int]]:
         raise UnsupportedParameterError("'best_of' greater than 'n' is not supported.", param="best_of")
     if fields.best_of is not None and fields.best_of < n:
         raise InvalidRequestError("'best_of' must be at least 'n'.", param="best_of")
+    if fields.echo and fields.truncate_prompt_tokens is not None:
+        raise UnsupportedParameterError(
+            "'truncate_prompt_tokens' with 'echo' is not supported.", param="truncate_prompt_tokens"
+        )
     prompts = _prompts(fields.prompt)
     if len(prompts) * n > MAX_SEQUENCES:
         raise InvalidRequestError(
@@ -189,6 +179,13 @@ def _check_generation(fields: GenerationFields) -> None:
     _in_range("deadline_s", fields.deadline_s, 0.001, 86_400)
     _in_range("priority", fields.priority, -(2**31), 2**31 - 1)
     _in_range("seed", fields.seed, -(2**63), 2**63 - 1)
+    if fields.truncate_prompt_tokens != -1:
+        _in_range("truncate_prompt_tokens", fields.truncate_prompt_tokens, 1, 2**31 - 1)
+    if fields.include_stop_str_in_output and fields.stop_token_ids:
+        raise UnsupportedParameterError(
+            "'include_stop_str_in_output' with 'stop_token_ids' is not supported.",
+            param="include_stop_str_in_output",
+        )
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequestError(
             "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
@@ -336,17 +333,19 @@ def _in_range(param: str, value: float | None, low: float, high: float | None) -
         )
 
 
-def _refuse_unless_neutral(name: str, value: Any) -> None:
-    neutral = NEUTRAL.get(name)
-    if neutral is None:
+def _refuse_unless_harmless(name: str, value: Any, shape: type[msgspec.Struct]) -> None:
+    parameter = parameters_of(shape).get(name)
+    if parameter is None:
         raise InvalidRequestError(
             f"Unrecognized request argument supplied: {_brief(name)}",
             param=_brief(name),
             code="unknown_parameter",
         )
-    if not any(accepted is ANYTHING or accepted == value for accepted in neutral):
+    if not parameter.accepts(value):
+        hint = f": {parameter.note}" if parameter.note else ""
         raise UnsupportedParameterError(
-            f"Unsupported parameter: '{name}' (as given here) is not supported by this server.", param=name
+            f"Unsupported parameter: '{name}' (as given here) is not supported by this server{hint}.",
+            param=name,
         )
 
 

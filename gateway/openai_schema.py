@@ -52,6 +52,14 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     guided_grammar: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
+    """None: the tokenizer's for a text, none for a chat, whose template writes them."""
+    # LoRAX's
+    adapter_id: str | None = None
+    """An adapter of `model`, which is a base: `<base>/<task>` or `<task>`."""
     # Our own
     deadline_s: float | None = None
     """Give up, with status 504, what is not finished so many seconds after it arrived."""
@@ -67,6 +75,9 @@ class ChatFields(GenerationFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionFields(GenerationFields, frozen=True, kw_only=True):
@@ -81,17 +92,39 @@ class CompletionFields(GenerationFields, frozen=True, kw_only=True):
 class TokenizeFields(msgspec.Struct, frozen=True, kw_only=True):
     """The body of `POST /tokenize`: a prompt, or messages."""
 
-    model: str
+    model: str | None = None
+    """None: the first base."""
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
+    """None: with a prompt, not with messages."""
+    return_token_strs: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeFields(msgspec.Struct, frozen=True, kw_only=True):
     """The body of `POST /detokenize`."""
 
-    model: str
+    model: str | None = None
     tokens: list[int]
+
+
+class LoadAdapterFields(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of vLLM's `POST /v1/load_lora_adapter`."""
+
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+    base_model_name: str | None = None
+    """None: the first base."""
+
+
+class UnloadAdapterFields(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of vLLM's `POST /v1/unload_lora_adapter`."""
+
+    lora_name: str = ""
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -201,9 +234,11 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tokens(msgspec.Struct, frozen=True):
-    tokens: list[int]
     count: int
     max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+    """As the vocabulary writes them; only when asked for."""
 
 
 class Text(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import msgspec
 import structlog
@@ -22,6 +23,7 @@ from gateway.completion import (
     check_prompt_ids,
     requests_of,
     tokens_left,
+    truncated,
 )
 from gateway.detokenizer import Detokenizer, detokenize
 from gateway.disconnect import while_connected
@@ -30,6 +32,7 @@ from gateway.metrics import Metrics
 from gateway.model_text import ModelText
 from gateway.openai_request import (
     check_chat,
+    check_chat_options,
     check_completion,
     check_messages,
     check_token_ids,
@@ -54,28 +57,35 @@ from gateway.sse import EventStream
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
+LORAX_BASE = "__base_model__"
+"""LoRAX's `adapter_id` for no adapter."""
+
 Prepared = tuple[ServedModel, Job, Writer]
 
 
 @get("/healthz")
 async def healthz() -> ASGIApp:
     """Alive."""
-    return _json({"status": "ok"})
+    return json_answer({"status": "ok"})
 
 
 @get("/readyz")
 async def readyz(request: Request) -> ASGIApp:
     """Ready once an engine is connected: with several, one that is down must not take the others away."""
-    engines = {model.name: "ready" if model.client.connected else "unavailable" for model in _models(request)}
+    engines = {
+        model.name: "ready" if model.client.connected else "unavailable" for model in models_of(request)
+    }
     ready = "ready" in engines.values()
-    return _json({"status": "ready" if ready else "unavailable", "models": engines}, 200 if ready else 503)
+    return json_answer(
+        {"status": "ready" if ready else "unavailable", "models": engines}, 200 if ready else 503
+    )
 
 
 @get("/metrics")
 async def metrics(request: Request) -> ASGIApp:
     """Prometheus."""
     metrics: Metrics = request.app.state.metrics
-    for model in _models(request):
+    for model in models_of(request):
         metrics.observe_engine(model.name, model.client.status)
     return ASGIResponse(body=metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -83,20 +93,20 @@ async def metrics(request: Request) -> ASGIApp:
 @get("/adapters")
 async def adapters(request: Request) -> ASGIApp:
     """Where every adapter stands, for people and dashboards."""
-    return _json(await _models(request).adapters())
+    return json_answer(await models_of(request).adapters())
 
 
 @get("/v1/models")
 async def list_models(request: Request) -> ASGIApp:
     """Every base model, and every adapter as `<base>/<task>`."""
-    return _json(ModelList(data=await asyncio.to_thread(_models(request).cards)))
+    return json_answer(ModelList(data=await asyncio.to_thread(models_of(request).cards)))
 
 
 @get("/v1/models/{model_id:path}")
 async def retrieve_model(request: Request) -> ASGIApp:
     """One model; its id may hold slashes, encoded or not."""
     model_id = str(request.path_params["model_id"]).removeprefix("/")
-    return _json(await asyncio.to_thread(_models(request).find_card, model_id))
+    return json_answer(await asyncio.to_thread(models_of(request).find_card, model_id))
 
 
 @post("/v1/chat/completions", status_code=200)
@@ -104,20 +114,23 @@ async def chat_completions(request: Request) -> ASGIApp:
     """OpenAI's chat."""
     fields = decode(await request.body(), ChatFields)
     messages = check_chat(fields)
-    model, adapter = _find(request, fields.model, fields.adapters)
+    model, adapter = find_model(request, fields.model, fields.adapters, fields.adapter_id)
     text = await model.text_for(adapter)
     check_token_ids(fields, text.facts.vocab_size)
 
     async def prepare() -> Prepared:
-        prompt = Prompt(await text.encode_chat(messages))
         wanted = fields.max_completion_tokens or fields.max_tokens
+        token_ids = await _encode_chat(text, messages, fields)
+        prompt = Prompt(
+            truncated(token_ids, fields.truncate_prompt_tokens, text.facts.max_model_len - (wanted or 1))
+        )
         limit = tokens_left(len(prompt.token_ids), wanted, None, text.facts.max_model_len, "messages")
         logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-        job = _job("chatcmpl", fields, text, adapter, [prompt], [limit], logprobs=logprobs)
-        writer = ChatWriter(job, logprobs=bool(fields.logprobs), include_usage=_includes_usage(fields))
+        job = job_of("chatcmpl", fields, text, adapter, [prompt], [limit], logprobs=logprobs)
+        writer = ChatWriter(job, logprobs=bool(fields.logprobs), include_usage=includes_usage(fields))
         return model, job, writer
 
-    return await _answer(request, prepare, bool(fields.stream))
+    return await answer(request, prepare, bool(fields.stream))
 
 
 @post("/v1/completions", status_code=200)
@@ -125,7 +138,7 @@ async def completions(request: Request) -> ASGIApp:
     """OpenAI's legacy completions."""
     fields = decode(await request.body(), CompletionFields)
     given = check_completion(fields)
-    model, adapter = _find(request, fields.model, fields.adapters)
+    model, adapter = find_model(request, fields.model, fields.adapters, fields.adapter_id)
     text = await model.text_for(adapter)
     check_token_ids(fields, text.facts.vocab_size)
 
@@ -133,7 +146,7 @@ async def completions(request: Request) -> ASGIApp:
         prompts: list[Prompt] = []
         limits: list[int] = []
         for each in given:
-            prompt = await _prompt(each, text, echo=bool(fields.echo), scores=fields.logprobs is not None)
+            prompt = await prompt_of(each, text, fields)
             length = len(prompt.token_ids)
             limits.append(
                 tokens_left(
@@ -142,40 +155,42 @@ async def completions(request: Request) -> ASGIApp:
             )
             prompts.append(prompt)
             await asyncio.sleep(0)  # a thousand prompts must not keep everyone else waiting
-        job = _job("cmpl", fields, text, adapter, prompts, limits, logprobs=fields.logprobs)
+        job = job_of("cmpl", fields, text, adapter, prompts, limits, logprobs=fields.logprobs)
         writer = CompletionWriter(
-            job, logprobs=fields.logprobs is not None, include_usage=_includes_usage(fields)
+            job, logprobs=fields.logprobs is not None, include_usage=includes_usage(fields)
         )
         return model, job, writer
 
-    return await _answer(request, prepare, bool(fields.stream))
+    return await answer(request, prepare, bool(fields.stream))
 
 
 @post("/tokenize", status_code=200)
 async def tokenize(request: Request) -> ASGIApp:
     """Token ids of a prompt, or of messages under the chat template."""
     fields = decode(await request.body(), TokenizeFields)
-    model, adapter = _find(request, fields.model)
+    check_chat_options(fields)
+    model, adapter = find_model(request, fields.model)
     text = await model.text_for(adapter)
     if (fields.prompt is None) == (fields.messages is None):
         raise InvalidRequestError("Give either 'prompt' or 'messages'.", param="prompt")
     if fields.messages is not None:
-        tokens = await text.encode_chat(check_messages(fields.messages))
+        tokens = await _encode_chat(text, check_messages(fields.messages), fields)
     else:
         tokens = await text.tokenizer.encode(
-            fields.prompt or "", add_special_tokens=fields.add_special_tokens
+            fields.prompt or "", add_special_tokens=fields.add_special_tokens is not False
         )
-    return _json(Tokens(tokens, len(tokens), text.facts.max_model_len))
+    strings = [text.tokenizer.text_of(token) for token in tokens] if fields.return_token_strs else None
+    return json_answer(Tokens(len(tokens), text.facts.max_model_len, tokens, strings))
 
 
 @post("/detokenize", status_code=200)
 async def detokenize_tokens(request: Request) -> ASGIApp:
     """The text of token ids, special tokens written out."""
     fields = decode(await request.body(), DetokenizeFields)
-    model, adapter = _find(request, fields.model)
+    model, adapter = find_model(request, fields.model)
     text = await model.text_for(adapter)
     check_prompt_ids(fields.tokens, text.facts.vocab_size)
-    return _json(Text(detokenize(text.tokenizer, fields.tokens, keep_special=True)))
+    return json_answer(Text(detokenize(text.tokenizer, fields.tokens, keep_special=True)))
 
 
 ROUTES = [
@@ -192,7 +207,7 @@ ROUTES = [
 ]
 
 
-async def _answer(request: Request, prepare: Callable[[], Awaitable[Prepared]], stream: bool) -> ASGIApp:
+async def answer(request: Request, prepare: Callable[[], Awaitable[Prepared]], stream: bool) -> ASGIApp:
     """Run a request to its end, or, for a stream, to its first token: until then an error is an HTTP error."""
     record = record_of(request.scope)
 
@@ -258,15 +273,34 @@ def _collect(answers: list[Answer], pieces: list[Piece]) -> None:
         answers[piece.index].add(piece)
 
 
-async def _prompt(given: str | list[int], text: ModelText, *, echo: bool, scores: bool) -> Prompt:
-    tokenizer = text.tokenizer
+async def _encode_chat(
+    text: ModelText, messages: list[dict[str, Any]], fields: ChatFields | TokenizeFields
+) -> list[int]:
+    return await text.encode_chat(
+        messages,
+        add_generation_prompt=fields.add_generation_prompt is not False,
+        continue_final_message=bool(fields.continue_final_message),
+        add_special_tokens=bool(fields.add_special_tokens),
+        variables=fields.chat_template_kwargs,
+    )
+
+
+async def prompt_of(given: str | list[int], text: ModelText, fields: CompletionFields) -> Prompt:
+    """One prompt of a completion, with what is needed to echo it."""
+    tokenizer, echo, scores = text.tokenizer, bool(fields.echo), fields.logprobs is not None
+    special = fields.add_special_tokens is not False
+    room = text.facts.max_model_len - (
+        DEFAULT_COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
+    )
     if isinstance(given, str):
-        token_ids = await tokenizer.encode(given, add_special_tokens=True)
-        offsets = tokenizer.offsets(given, add_special_tokens=True) if echo and scores else None
-        return Prompt(token_ids, given if echo else None, offsets)
+        token_ids = await tokenizer.encode(given, add_special_tokens=special)
+        offsets = tokenizer.offsets(given, add_special_tokens=special) if echo and scores else None
+        return Prompt(
+            truncated(token_ids, fields.truncate_prompt_tokens, room), given if echo else None, offsets
+        )
     check_prompt_ids(given, text.facts.vocab_size)
     if not echo:
-        return Prompt(given)
+        return Prompt(truncated(given, fields.truncate_prompt_tokens, room))
     detokenizer = Detokenizer(tokenizer, keep_special=True)
     written, offsets = "", []
     for token_id in given:
@@ -275,7 +309,7 @@ async def _prompt(given: str | list[int], text: ModelText, *, echo: bool, scores
     return Prompt(given, written + detokenizer.flush(), offsets if scores else None)
 
 
-def _job(
+def job_of(
     prefix: str,
     fields: ChatFields | CompletionFields,
     text: ModelText,
@@ -310,30 +344,47 @@ def _job(
         requests=requests,
         n=n,
         stops=stops_of(fields),
-        continues=prefix == "cmpl",
+        continues=isinstance(fields, CompletionFields) or bool(fields.continue_final_message),
+        keeps_special=fields.skip_special_tokens is False,
+        keeps_stop=bool(fields.include_stop_str_in_output),
         discards_output=limits[0] == 0,
     )
 
 
-def _includes_usage(fields: GenerationFields) -> bool:
+def includes_usage(fields: GenerationFields) -> bool:
     return bool(fields.stream_options and fields.stream_options.include_usage)
 
 
-def _models(request: Request) -> ServedModels:
+def models_of(request: Request) -> ServedModels:
     return request.app.state.models
 
 
-def _find(
-    request: Request, model_id: str, merged: list[WeightedAdapter] | None = None
+def find_model(
+    request: Request,
+    model_id: str | None,
+    merged: list[WeightedAdapter] | None = None,
+    adapter_id: str | None = None,
 ) -> tuple[ServedModel, AdapterRef | None]:
-    model, adapter = _models(request).find(model_id)
+    """The model and adapter that a request names; without a name the first base. Raises `GatewayError`."""
+    models = models_of(request)
+    if model_id is None:
+        model_id = models.first.name
+    model, adapter = models.find(model_id)
     if merged:
         adapter = model.merged(model_id, merged)
+    if adapter_id not in (None, "", LORAX_BASE):
+        if adapter is not None:
+            raise InvalidRequestError(
+                f"'adapter_id' picks an adapter of a base: give 'model' as '{model.name}', and no 'adapters'.",
+                param="adapter_id",
+            )
+        model_id = f"{model.name}/{adapter_id.removeprefix(f'{model.name}/')}"
+        model, adapter = models.find(model_id, "adapter_id")
     record_of(request.scope).model = model_id
     return model, adapter
 
 
-def _json(value: msgspec.Struct | dict, status: int = 200) -> ASGIApp:
+def json_answer(value: msgspec.Struct | dict, status: int = 200) -> ASGIApp:
     return _json_bytes(msgspec.json.encode(value), status)
 
 

@@ -17,6 +17,7 @@ from gateway.engine_client import RETRY_AFTER_S, EngineClient, EngineFilesError
 from gateway.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
 from gateway.model_text import ModelText
 from gateway.openai_schema import Model, WeightedAdapter
+from gateway.runtime_adapters import RuntimeAdapter, RuntimeAdapters
 from gateway.tokenizer import Tokenizer, TokenizerError
 
 
@@ -117,11 +118,18 @@ class ServedModels:
         self._models = {
             model.name: ServedModel(model, session, config.request_timeout_s) for model in config.models
         }
+        self.runtime = RuntimeAdapters() if config.runtime_adapters else None
+        """Of all bases; None where requests may add none."""
 
     def __iter__(self):
         return iter(self._models.values())
 
-    def find(self, model_id: str) -> tuple[ServedModel, AdapterRef | None]:
+    @property
+    def first(self) -> ServedModel:
+        """Whom a request means that names no model."""
+        return next(iter(self._models.values()))
+
+    def find(self, model_id: str, param: str = "model") -> tuple[ServedModel, AdapterRef | None]:
         """The base that `model_id` names, and the adapter on it if it names one.
 
         Raises:
@@ -129,20 +137,31 @@ class ServedModels:
         """
         if (model := self._models.get(model_id)) is not None:
             return model, None
+        if self.runtime is not None and (added := self.runtime.find(model_id)) is not None:
+            return self._models[added.base], added.ref
         base, _, task = model_id.rpartition("/")
         model = self._models.get(base)
         adapter = model.catalog.find(task) if model else None
         if model is None or adapter is None:
-            raise unknown_model(model_id)
+            raise unknown_model(model_id, param)
         return model, adapter
+
+    def knows(self, model_id: str) -> bool:
+        """Whether `model_id` is taken. Costs a `stat` or two."""
+        try:
+            self.find(model_id)
+        except ModelNotFoundError:
+            return False
+        return True
 
     def cards(self) -> list[Model]:
         """All bases and all adapters that can be listed. Reads directories."""
-        return [
+        configured = [
             card
             for model in self
             for card in [model.card(), *(model.adapter_card(adapter) for adapter in model.catalog.listed())]
         ]
+        return configured + [self._runtime_card(added) for added in self.runtime or ()]
 
     async def adapters(self) -> AdapterList:
         """Asks every engine at once; one that is down takes nothing from the others."""
@@ -153,10 +172,17 @@ class ServedModels:
         model, adapter = self.find(model_id)
         if adapter is None:
             return model.card()
+        if self.runtime is not None and (added := self.runtime.find(model_id)) is not None:
+            return self._runtime_card(added)
         for listed in model.catalog.listed():
             if adapter.name == f"{model.name}/{listed.task}":
                 return model.adapter_card(listed)
         raise unknown_model(model_id)
+
+    def _runtime_card(self, added: RuntimeAdapter) -> Model:
+        """Under the name it was given. Where it lies is not for everybody to know: its root is its base."""
+        listed = ListedAdapter(added.name, added.created)
+        return msgspec.structs.replace(self._models[added.base].adapter_card(listed), id=added.name)
 
 
 def unknown_model(model_id: str, param: str = "model") -> ModelNotFoundError:

@@ -4,12 +4,17 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Lets text through up to the first of `stops`; never a part of one that turns out to be complete."""
+    """Lets text through up to the first of `stops`; never a part of one that turns out to be complete.
 
-    __slots__ = ("_held", "_stops", "found")
+    Args:
+        keep: Let that one through too.
+    """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    __slots__ = ("_held", "_keep", "_stops", "found")
+
+    def __init__(self, stops: Sequence[str], *, keep: bool = False) -> None:
         self._stops = tuple(stops)
+        self._keep = keep
         self._held = ""
         self.found = False
         """Whether one was met; nothing is let through any more."""
@@ -19,11 +24,12 @@ class StopStrings:
         if not self._stops or not text:
             return text
         text = self._held + text
-        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-        if starts:
+        found = [(start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
             self.found = True
             self._held = ""
-            return text[: min(starts)]
+            start, stop = min(found, key=lambda each: each[0])
+            return text[: start + len(stop)] if self._keep else text[:start]
         shown = len(text) - max(_overlap(text, stop) for stop in self._stops)
         self._held = text[shown:]
         return text[:shown]

@@ -62,6 +62,10 @@ class Tokenizer:
         starts = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).offsets
         return [start for start, _ in starts]
 
+    def text_of(self, token_id: int) -> str:
+        """The token as the vocabulary writes it, e.g. `Ġworld`; empty for an id that has none."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def bytes_of(self, token_id: int) -> bytes:
         """The token's bytes; not always whole characters. Empty for an id that the tokenizer has no token for."""
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""

@@ -11,6 +11,7 @@ from engine.config import EngineConfig
 from engine.config import load_config as load_engine_config
 from gateway.config import GatewayConfig, ModelConfig
 from gateway.config import load_config as load_gateway_config
+from scripts import api_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -79,6 +80,10 @@ def test_the_demo_configuration_is_valid():
     gateway = load_gateway_config(ROOT / "scripts" / "loraland.toml")
     assert [model.name for model in gateway.models] == [engine.name]
     assert gateway.models[0].engine == f"http://{engine.host}:{engine.port}"
+
+
+def test_the_tables_of_the_api_are_those_of_the_code():
+    assert api_tables.documented(README) == api_tables.tables(), "run: python -m scripts.api_tables"
 
 
 @pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"])

@@ -495,6 +495,7 @@ def test_tokenize_and_detokenize_are_inverse(http: httpx.Client, hf_tokenizer: H
         "tokens": encode(hf_tokenizer, text),
         "count": len(body["tokens"]),
         "max_model_len": MAX_MODEL_LEN,
+        "token_strs": None,
     }
     assert http.post("/detokenize", json={"model": "base", "tokens": body["tokens"]}).json() == {
         "prompt": text

@@ -7,8 +7,7 @@ import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.openai_request import NEUTRAL
-from gateway.openai_schema import ChatFields, CompletionFields
+from gateway.parameters import PARAMETERS
 
 SETTINGS = settings(
     max_examples=150,
@@ -30,9 +29,7 @@ values = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
     max_leaves=8,
 )
-names = st.sampled_from(
-    sorted({*NEUTRAL, *ChatFields.__struct_fields__, *CompletionFields.__struct_fields__})
-)
+names = st.sampled_from(sorted({parameter.name for parameter in PARAMETERS}))
 messages = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["user", "system", "assistant", "developer", "tool", "x", 1])},
