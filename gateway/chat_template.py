@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import msgspec
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -26,9 +27,10 @@ class ChatTemplate:
     Args:
         source: The Jinja text.
         special_tokens: What templates call `bos_token`, `eos_token`, ...
+        tool_source: Another template, for chats with tools.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], tool_source: str | None = None) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
@@ -37,6 +39,9 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self.tool_source = source if tool_source is None else tool_source
+            self._tool_template = environment.from_string(self.tool_source)
+            self.knows_tools = "tools" in find_undeclared_variables(environment.parse(self.tool_source))
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"The chat template is not valid: {error}") from error
         self._special_tokens = special_tokens
@@ -45,6 +50,7 @@ class ChatTemplate:
         self,
         messages: list[dict[str, Any]],
         *,
+        tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
@@ -52,6 +58,7 @@ class ChatTemplate:
         """The prompt that asks for the assistant's next message, or that breaks off where the last one ends.
 
         Args:
+            tools: Functions to show, as in OpenAI's API.
             variables: More of what the template may ask about, e.g. `enable_thinking`.
 
         Raises:
@@ -64,19 +71,25 @@ class ChatTemplate:
             **self._special_tokens,
             **(variables or {}),
             "messages": messages,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         try:
-            prompt = self._template.render(given)
+            template = self._tool_template if tools or any(map(is_about_tools, messages)) else self._template
+            prompt = template.render(given)
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"The model's chat template refuses these messages: {error}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ChatTemplateError(
                 f"The model's chat template cannot render these messages: {error}"
             ) from error
         return _up_to_mark(prompt) if continue_final_message else prompt
+
+
+def is_about_tools(message: dict[str, Any]) -> bool:
+    """Whether a message is a function's result, or calls one."""
+    return message["role"] == "tool" or "tool_calls" in message
 
 
 def read_chat_template(tokenizer_config: bytes) -> ChatTemplate | None:
@@ -90,8 +103,10 @@ def read_chat_template(tokenizer_config: bytes) -> ChatTemplate | None:
         source = msgspec.convert(config.get("chat_template"), str | list[_NamedTemplate] | None)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ChatTemplateError(f"tokenizer_config.json cannot be read: {error}") from error
+    tool_source = None
     if isinstance(source, list):
-        source = next((named.template for named in source if named.name == "default"), None)
+        named = {each.name: each.template for each in source}
+        source, tool_source = named.get("default"), named.get("tool_use")
     if source is None:
         return None
     special_tokens = {
@@ -100,7 +115,7 @@ def read_chat_template(tokenizer_config: bytes) -> ChatTemplate | None:
         if key.endswith("_token")
         and isinstance(text := token.get("content") if isinstance(token, dict) else token, str)
     }
-    return ChatTemplate(source, special_tokens)
+    return ChatTemplate(source, special_tokens, tool_source)
 
 
 def _up_to_mark(prompt: str) -> str:
@@ -114,7 +129,7 @@ def _up_to_mark(prompt: str) -> str:
 
 
 class _NamedTemplate(msgspec.Struct, frozen=True):
-    """Models with several templates (tool use, ...) list them; ours is the one called `default`."""
+    """Models with several templates list them; ours are those called `default` and `tool_use`."""
 
     name: str
     template: str

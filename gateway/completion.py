@@ -8,7 +8,7 @@ import msgspec
 from engine.protocol import AdapterRef, FinishReason, Generate, SamplingParams, SequenceOutput, TokenLogprobs
 from gateway.detokenizer import Detokenizer
 from gateway.engine_client import Generation
-from gateway.errors import ContextLengthError, InvalidRequestError
+from gateway.errors import ContextLengthError, GrammarInvalidError, InvalidRequestError
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Tokenizer
 
@@ -47,6 +47,10 @@ class Job:
     """The stop string that ended the text is part of it."""
     discards_output: bool = False
     """Only the prompt is asked for (echo with max_tokens 0); the engine still makes one token."""
+    shown_special: frozenset[int] = frozenset()
+    """Special tokens that are part of the text: those that mark function calls."""
+    grammar_param: str = "response_format"
+    """The parameter to name when the engine cannot use the grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +181,7 @@ class Completion:
         Raises:
             GatewayError: the engine refused a sequence or was lost.
         """
-        while outputs := await self._generation.next():
+        while outputs := await self._next():
             pieces: list[Piece] = []
             for index, output in outputs:
                 choice = self._choices[index]
@@ -188,6 +192,13 @@ class Completion:
                     if choice.finished:
                         self._generation.finish(index)
             yield pieces
+
+    async def _next(self) -> list[tuple[int, SequenceOutput]]:
+        try:
+            return await self._generation.next()
+        except GrammarInvalidError as error:
+            error.param = self._job.grammar_param
+            raise
 
     @property
     def prompt_tokens(self) -> int:
@@ -248,7 +259,7 @@ class _Choice:
         self._job = job
         self._prompt = job.prompts[index // job.n]
         self._detokenizer = Detokenizer(
-            job.tokenizer, continues=job.continues, keep_special=job.keeps_special
+            job.tokenizer, continues=job.continues, keep_special=job.keeps_special, keep=job.shown_special
         )
         self._stops = StopStrings(job.stops, keep=job.keeps_stop)
         self._min_tokens = sampling.min_tokens

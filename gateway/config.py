@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -25,6 +25,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Templates with `{task}`, tried in this order: directories (listed by scanning) or URIs (passed on unseen)."""
     table: dict[str, str] = {}
     """Explicit task names, each a directory or a URI; they go before the templates."""
+    tool_format: Literal["auto", "hermes", "mistral", "llama3"] = "auto"
+    """How the model writes function calls; `auto` reads it off its chat template."""
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,13 +14,21 @@ class Detokenizer:
     Args:
         continues: The text goes on from a prompt, so that a first space belongs to it.
         keep_special: Write special tokens out instead of skipping them.
+        keep: Special tokens to write out though others are skipped.
     """
 
     __slots__ = ("_decoder", "_skipped", "_strip", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False, keep_special: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        continues: bool = False,
+        keep_special: bool = False,
+        keep: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skipped = frozenset() if keep_special else tokenizer.special_ids
+        self._skipped = frozenset() if keep_special else tokenizer.special_ids - keep
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = tokenizer.strips_first_space and not continues
 

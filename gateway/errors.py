@@ -47,6 +47,10 @@ class AdapterInvalidError(InvalidRequestError):
     code = "adapter_invalid"
 
 
+class GrammarInvalidError(InvalidRequestError):
+    """What the answer shall follow cannot be used."""
+
+
 class ModelNotFoundError(GatewayError):
     status = 404
     type = "invalid_request_error"
@@ -125,7 +129,7 @@ def error_of_rejection(rejected: Rejected) -> GatewayError:
         case RejectCode.OVERLOADED:
             return OverloadedError(message, retry_after_s=retry_after_s or 1.0)
         case RejectCode.GRAMMAR_INVALID:
-            return InvalidRequestError(message, param="response_format")
+            return GrammarInvalidError(message, param="response_format")
         case RejectCode.EXPIRED:
             return RequestTimeoutError(message)
         case RejectCode.UNAVAILABLE:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.protocol import ModelFacts
-from gateway.chat_template import ChatTemplate, ChatTemplateError
+from gateway.chat_template import ChatTemplate, ChatTemplateError, is_about_tools
 from gateway.errors import InvalidRequestError
 from gateway.tokenizer import Tokenizer
 
@@ -23,12 +23,14 @@ class ModelText:
         self,
         messages: list[dict[str, Any]],
         *,
+        tools: list[dict[str, Any]] | None = None,
+        prompt_end: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
         variables: dict[str, Any] | None = None,
     ) -> list[int]:
-        """The prompt of a chat, as transformers' `apply_chat_template` gives it.
+        """The prompt of a chat, as transformers' `apply_chat_template` gives it, with `prompt_end` behind it.
 
         Raises:
             InvalidRequestError: the model has no chat template, or it refuses the messages.
@@ -37,13 +39,20 @@ class ModelText:
             raise InvalidRequestError(
                 f"{self.facts.name} has no chat template; use /v1/completions.", param="messages"
             )
+        if not self.template.knows_tools and any(map(is_about_tools, messages)):
+            raise InvalidRequestError(
+                f"The chat template of {self.facts.name} knows no tools, so calls and their results cannot be shown "
+                "to this model.",
+                param="messages",
+            )
         try:
             prompt = self.template.render(
                 messages,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=variables,
             )
         except ChatTemplateError as error:
             raise InvalidRequestError(str(error), param="messages") from error
-        return await self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        return await self.tokenizer.encode(prompt + prompt_end, add_special_tokens=add_special_tokens)

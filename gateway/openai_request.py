@@ -25,6 +25,9 @@ MAX_ADAPTER_WEIGHT = 100
 TEMPLATE_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """That every chat template is given."""
 
+_OWN_FIELDS = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
+"""Of messages, by their role."""
+
 Fields = TypeVar("Fields", bound=msgspec.Struct)
 
 
@@ -50,7 +53,7 @@ def decode(body: bytes, shape: type[Fields]) -> Fields:
 
 
 def check_chat(fields: ChatFields) -> list[dict[str, Any]]:
-    """Ranges of a chat request; its messages as chat templates want them (role, content, name: all text)."""
+    """Ranges of a chat request; its messages as chat templates want them."""
     _check_generation(fields)
     _in_range("max_completion_tokens", fields.max_completion_tokens, 1, None)
     _in_range("max_tokens", fields.max_tokens, 1, None)
@@ -85,16 +88,18 @@ def check_chat_options(fields: ChatFields | TokenizeFields) -> None:
 
 
 def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages reduced to role, content and name, all text.
+    """Messages as chat templates want them: role, content and name, all text; calls with their arguments as an object.
 
     Raises:
-        InvalidRequestError: there is none, or one has an unknown role or a content that is not text.
+        InvalidRequestError: there is none, one has an unknown role or a content that is not text, or a result is not
+            that of a call before it.
     """
     if not messages:
         raise InvalidRequestError(
             "'messages' must hold at least one message.", param="messages", code="empty_array"
         )
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    called: dict[str, str] = {}
+    return [_message(message, f"messages[{index}]", called) for index, message in enumerate(messages)]
 
 
 def check_completion(fields: CompletionFields) -> list[str | list[int]]:
@@ -223,36 +228,90 @@ def _check_generation(fields: GenerationFields) -> None:
         _in_range(f"adapters[{index}].weight", adapter.weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT)
 
 
-def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+def _message(message: dict[str, Any], where: str, called: dict[str, str]) -> dict[str, Any]:
+    """One message; `called` are the names of the functions called so far, by the calls' ids."""
     role = message.get("role")
     if role is None:
         raise InvalidRequestError(f"Missing required parameter: '{where}.role'.", param=f"{where}.role")
-    if role in ("tool", "function"):
+    if role == "function":
         raise UnsupportedParameterError(
-            f"Messages of role '{role}' are not supported.", param=f"{where}.role"
+            "Messages of role 'function' are not supported; use 'tool'.", param=f"{where}.role"
         )
-    if role not in ("system", "developer", "user", "assistant"):
+    if role not in ("system", "developer", "user", "assistant", "tool"):
         raise InvalidRequestError(
-            f"Invalid value: {_brief(repr(role))}. Supported values are: 'system', 'developer', 'user' and "
-            "'assistant'.",
+            f"Invalid value: {_brief(repr(role))}. Supported values are: 'system', 'developer', 'user', 'assistant' and "
+            "'tool'.",
             param=f"{where}.role",
             code="invalid_value",
         )
+    known = {"role", "content", "name", *_OWN_FIELDS.get(role, ())}
     for name, value in message.items():
-        if name not in ("role", "content", "name") and value not in (None, [], {}, ""):
+        if name not in known and value not in (None, [], {}, ""):
             raise UnsupportedParameterError(
                 f"Unsupported parameter: '{where}.{_brief(name)}'.", param=f"{where}.{_brief(name)}"
             )
-    rendered = {
-        "role": "system" if role == "developer" else role,
-        "content": _content(message.get("content"), where),
-    }
+    calls = (
+        _tool_calls(message.get("tool_calls"), f"{where}.tool_calls", called) if role == "assistant" else []
+    )
+    content = "" if calls and message.get("content") is None else _content(message.get("content"), where)
+    rendered: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
+    if calls:
+        rendered["tool_calls"] = calls
+    if role == "tool":
+        rendered["tool_call_id"] = call_id = _called_id(message.get("tool_call_id"), where, called)
+        rendered["name"] = called[call_id]
     name = message.get("name")
     if name is not None:
         if not isinstance(name, str):
             raise InvalidRequestError(f"'{where}.name' must be a string.", param=f"{where}.name")
         rendered["name"] = name
     return rendered
+
+
+def _tool_calls(calls: Any, where: str, called: dict[str, str]) -> list[dict[str, Any]]:
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise InvalidRequestError(f"'{where}' must be a list.", param=where, code="invalid_type")
+    rendered: list[dict[str, Any]] = []
+    for index, call in enumerate(calls):
+        match call:
+            case {
+                "id": str(call_id),
+                "type": "function",
+                "function": {"name": str(name), "arguments": str(arguments)},
+            }:
+                called[call_id] = name
+                function = {"name": name, "arguments": _arguments(arguments)}
+                rendered.append({"id": call_id, "type": "function", "function": function})
+            case _:
+                raise InvalidRequestError(
+                    f"'{where}[{index}]' must have an 'id', the type 'function', and a 'function' with 'name' and "
+                    "'arguments', both strings.",
+                    param=f"{where}[{index}]",
+                )
+    return rendered
+
+
+def _arguments(text: str) -> Any:
+    """As an object, which templates write in their own way; what a model once got wrong stays as it was."""
+    try:
+        arguments = msgspec.json.decode(text or "{}")
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return text
+    return arguments if isinstance(arguments, dict) else text
+
+
+def _called_id(call_id: Any, where: str, called: dict[str, str]) -> str:
+    param = f"{where}.tool_call_id"
+    if call_id is None:
+        raise InvalidRequestError(f"Missing required parameter: '{param}'.", param=param)
+    if not isinstance(call_id, str) or call_id not in called:
+        raise InvalidRequestError(
+            f"'{param}': messages with role 'tool' must answer one of the 'tool_calls' of a message before them.",
+            param=param,
+        )
+    return call_id
 
 
 def _content(content: Any, where: str) -> str:

@@ -1,10 +1,14 @@
 """Pieces of text -> OpenAI's response bodies and stream events, as bytes. Knows no engine and no sockets."""
 
+import secrets
+import string
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
+from engine.protocol import FinishReason
 from gateway.completion import Completion, Job, Piece, ScoredToken
 from gateway.errors import GatewayError, envelope
 from gateway.openai_schema import (
@@ -15,15 +19,24 @@ from gateway.openai_schema import (
     CompletionChoice,
     CompletionLogprobs,
     Delta,
+    FunctionCall,
+    FunctionCallDelta,
     Message,
     PromptTokensDetails,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     TopLogprob,
     Usage,
 )
 from gateway.openai_schema import Completion as CompletionBody
+from gateway.tool_calls import ArgumentsPiece, CallStart, Content, ToolCallReader
+from gateway.tool_calls import Event as CallEvent
+from gateway.tools import ToolUse
 
 DONE = b"data: [DONE]\n\n"
+CALLS = "tool_calls"
+"""The finish reason of an answer that calls functions."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -64,20 +77,19 @@ class Writer(Protocol):
 
 
 class ChatWriter:
-    """`chat.completion` and `chat.completion.chunk`."""
+    """`chat.completion` and `chat.completion.chunk`; with `tool_use`, function calls are read out of the text."""
 
-    def __init__(self, job: Job, *, logprobs: bool, include_usage: bool) -> None:
+    def __init__(
+        self, job: Job, *, logprobs: bool, include_usage: bool, tool_use: ToolUse | None = None
+    ) -> None:
         self._job = job
         self._logprobs = logprobs
         self._frame = _Frame(job, "chat.completion.chunk", include_usage)
+        self._tool_use = tool_use
+        self._callings = [_Calling(tool_use.reader()) for _ in job.requests] if tool_use else []
 
     def body(self, answers: list[Answer], usage: Usage) -> bytes:
-        choices = [
-            ChatChoice(
-                index, Message(content=answer.text), self._chat_logprobs(answer.tokens), answer.finish_reason
-            )
-            for index, answer in enumerate(answers)
-        ]
+        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         return _encode(
             ChatCompletion(
                 id=self._job.id,
@@ -96,6 +108,8 @@ class ChatWriter:
         return b"".join(map(self._frame.event, roles))
 
     def events(self, piece: Piece) -> bytes:
+        if self._tool_use is not None:
+            return b"".join(map(self._frame.event, self._calling_choices(piece, self._tool_use)))
         events = b""
         if piece.text or piece.tokens:
             logprobs = self._chat_logprobs(piece.tokens)
@@ -107,6 +121,33 @@ class ChatWriter:
 
     def closing(self, usage: Usage) -> bytes:
         return self._frame.closing(usage)
+
+    def _choice(self, index: int, answer: Answer) -> ChatChoice:
+        message, reason = Message(content=answer.text), answer.finish_reason
+        if self._tool_use is not None:
+            said = read_answer(self._tool_use, answer)
+            if said.calls:
+                message = Message(content=said.text or None, tool_calls=said.calls)
+                reason = CALLS if reason == FinishReason.STOP else reason
+            else:
+                message = Message(content=said.text)
+        return ChatChoice(index, message, self._chat_logprobs(answer.tokens), reason)
+
+    def _calling_choices(self, piece: Piece, tool_use: ToolUse) -> Iterator[ChatChunkChoice]:
+        calling = self._callings[piece.index]
+        calling.tokens += piece.tokens
+        events = calling.reader.feed(piece.text)
+        reason = piece.finish_reason
+        if reason is not None:
+            events += calling.reader.finish(cut_off=reason is FinishReason.LENGTH)
+            if calling.tokens and not events:
+                events.append(Content(""))
+        for event in events:
+            scored, calling.tokens = calling.tokens, []
+            yield ChatChunkChoice(piece.index, _delta(event, tool_use), self._chat_logprobs(scored))
+        if reason is not None:
+            calls = reason is FinishReason.STOP and calling.reader.calls
+            yield ChatChunkChoice(piece.index, Delta(), finish_reason=CALLS if calls else reason.value)
 
     def _chat_logprobs(self, tokens: list[ScoredToken]) -> ChatLogprobs | None:
         if not self._logprobs:
@@ -122,6 +163,64 @@ class ChatWriter:
                 for token in tokens
             ]
         )
+
+
+@dataclass(slots=True)
+class _Calling:
+    """A streamed choice out of which calls are read."""
+
+    reader: ToolCallReader
+    tokens: list[ScoredToken] = field(default_factory=list)
+    """Not shown yet: their text waits in the reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A finished answer, told apart."""
+
+    text: str
+    calls: list[ToolCall]
+
+
+def read_answer(tool_use: ToolUse, answer: Answer) -> Said:
+    """Text and calls of a whole answer. A call that `max_tokens` cut off is left out."""
+    cut_off = answer.finish_reason == FinishReason.LENGTH
+    reader = tool_use.reader()
+    text: list[str] = []
+    names: list[str] = []
+    arguments: list[list[str]] = []
+    for event in [*reader.feed(answer.text), *reader.finish(cut_off=cut_off)]:
+        match event:
+            case Content(said):
+                text.append(said)
+            case CallStart(_, name):
+                names.append(name)
+                arguments.append([])
+            case ArgumentsPiece(index, piece):
+                arguments[index].append(piece)
+    calls = [
+        ToolCall(id=new_call_id(tool_use), function=FunctionCall(name, "".join(pieces)))
+        for name, pieces in zip(names, arguments, strict=True)
+    ]
+    return Said("".join(text), calls[: reader.complete] if cut_off else calls)
+
+
+def new_call_id(tool_use: ToolUse) -> str:
+    if tool_use.short_ids:
+        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _delta(event: CallEvent, tool_use: ToolUse) -> Delta:
+    match event:
+        case Content(text):
+            return Delta(content=text)
+        case CallStart(index, name):
+            function = FunctionCallDelta(name=name)
+            call = ToolCallDelta(index=index, id=new_call_id(tool_use), type="function", function=function)
+        case ArgumentsPiece(index, text):
+            call = ToolCallDelta(index=index, function=FunctionCallDelta(arguments=text))
+    return Delta(tool_calls=[call])
 
 
 class CompletionWriter:

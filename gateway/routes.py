@@ -54,6 +54,7 @@ from gateway.openai_schema import (
 )
 from gateway.served_model import ServedModel, ServedModels
 from gateway.sse import EventStream
+from gateway.tools import ToolUse, check_format_beside_tools, read_tools, use_of, with_tools_in_words
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -118,16 +119,24 @@ async def chat_completions(request: Request) -> ASGIApp:
     text = await model.text_for(adapter)
     check_token_ids(fields, text.facts.vocab_size)
 
+    tools = read_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
+    tool_use = use_of(tools, text, model.tool_format) if tools else None
+    check_format_beside_tools(fields, tool_use)
+
     async def prepare() -> Prepared:
         wanted = fields.max_completion_tokens or fields.max_tokens
-        token_ids = await _encode_chat(text, messages, fields)
+        token_ids = await _encode_chat(text, messages, fields, tool_use)
         prompt = Prompt(
             truncated(token_ids, fields.truncate_prompt_tokens, text.facts.max_model_len - (wanted or 1))
         )
         limit = tokens_left(len(prompt.token_ids), wanted, None, text.facts.max_model_len, "messages")
         logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-        job = job_of("chatcmpl", fields, text, adapter, [prompt], [limit], logprobs=logprobs)
-        writer = ChatWriter(job, logprobs=bool(fields.logprobs), include_usage=includes_usage(fields))
+        job = job_of(
+            "chatcmpl", fields, text, adapter, [prompt], [limit], logprobs=logprobs, tool_use=tool_use
+        )
+        writer = ChatWriter(
+            job, logprobs=bool(fields.logprobs), include_usage=includes_usage(fields), tool_use=tool_use
+        )
         return model, job, writer
 
     return await answer(request, prepare, bool(fields.stream))
@@ -274,10 +283,18 @@ def _collect(answers: list[Answer], pieces: list[Piece]) -> None:
 
 
 async def _encode_chat(
-    text: ModelText, messages: list[dict[str, Any]], fields: ChatFields | TokenizeFields
+    text: ModelText,
+    messages: list[dict[str, Any]],
+    fields: ChatFields | TokenizeFields,
+    tool_use: ToolUse | None = None,
 ) -> list[int]:
+    shown = tool_use.tools if tool_use else None
+    if shown is not None and tool_use and not tool_use.shows_tools:
+        messages, shown = with_tools_in_words(messages, shown), None
     return await text.encode_chat(
         messages,
+        tools=shown.definitions if shown else None,
+        prompt_end=tool_use.prompt_end if tool_use else "",
         add_generation_prompt=fields.add_generation_prompt is not False,
         continue_final_message=bool(fields.continue_final_message),
         add_special_tokens=bool(fields.add_special_tokens),
@@ -318,11 +335,16 @@ def job_of(
     limits: list[int],
     *,
     logprobs: int | None,
+    tool_use: ToolUse | None = None,
 ) -> Job:
     echo = prompts[0].echo is not None
     job_id = f"{prefix}-{uuid.uuid4().hex}"
     n = fields.n or 1
     sampling = sampling_of(fields, logprobs=logprobs, prompt_logprobs=logprobs if echo else None)
+    forced = tool_use.grammar if tool_use else None
+    if forced is not None:
+        sampling = msgspec.structs.replace(sampling, grammar=forced)
+    marker = text.tokenizer.id_of(tool_use.syntax.opening) if tool_use else None
     requests = requests_of(
         job_id,
         prompts,
@@ -348,6 +370,8 @@ def job_of(
         keeps_special=fields.skip_special_tokens is False,
         keeps_stop=bool(fields.include_stop_str_in_output),
         discards_output=limits[0] == 0,
+        shown_special=frozenset() if marker is None else frozenset({marker}),
+        grammar_param="response_format" if forced is None else "tools",
     )
 
 

@@ -19,6 +19,7 @@ from gateway.model_text import ModelText
 from gateway.openai_schema import Model, WeightedAdapter
 from gateway.runtime_adapters import RuntimeAdapter, RuntimeAdapters
 from gateway.tokenizer import Tokenizer, TokenizerError
+from gateway.tool_calls import ToolFormat
 
 
 class ServedModel:
@@ -27,6 +28,8 @@ class ServedModel:
     def __init__(self, model: ModelConfig, session: aiohttp.ClientSession, request_timeout_s: float) -> None:
         self.name = model.name
         self.catalog = Catalog(model)
+        self.tool_format: ToolFormat | None = None if model.tool_format == "auto" else model.tool_format
+        """How it writes function calls, where its operator says so."""
         self.client = EngineClient(model.engine, session, self._read_files, request_timeout_s)
         self._adapter_texts = AdapterTexts(self.client.adapter_files)
         self._text: ModelText | None = None

@@ -66,6 +66,10 @@ class Tokenizer:
         """The token as the vocabulary writes it, e.g. `Ġworld`; empty for an id that has none."""
         return self._tokenizer.id_to_token(token_id) or ""
 
+    def id_of(self, token: str) -> int | None:
+        """The id of the token that is written so, if there is one."""
+        return self._tokenizer.token_to_id(token)
+
     def bytes_of(self, token_id: int) -> bytes:
         """The token's bytes; not always whole characters. Empty for an id that the tokenizer has no token for."""
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""

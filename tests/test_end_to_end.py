@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -244,6 +244,23 @@ def test_a_pydantic_model_is_parsed_by_the_sdk_from_base_and_adapter(system: Sys
         extra_body={"guided_choice": ["certainly", "hardly"]},
     )
     assert chosen.choices[0].text in ("certainly", "hardly") and chosen.choices[0].finish_reason == "stop"
+
+
+def test_a_forced_call_fits_its_schema_though_the_model_knows_no_tools(system: System):
+    tool: Any = openai.pydantic_function_tool(Answer, name="answer")
+    for choice in ("required", {"type": "function", "function": {"name": "answer"}}):
+        made = system.client.chat.completions.parse(
+            model="smollm2-135m",
+            messages=[{"role": "user", "content": "Book a table for two, please."}],
+            tools=[tool],
+            tool_choice=choice,  # type: ignore[arg-type]
+            parallel_tool_calls=False,
+            max_tokens=200,
+            temperature=0,
+        )
+        assert made.choices[0].finish_reason == "tool_calls"
+        (call,) = made.choices[0].message.tool_calls or []
+        assert isinstance(call.function.parsed_arguments, Answer)
 
 
 @pytest.mark.parametrize(

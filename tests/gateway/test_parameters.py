@@ -71,6 +71,9 @@ CHAT: dict[str, Any] = {
     "add_generation_prompt": False,
     "continue_final_message": False,
     "chat_template_kwargs": {"enable_thinking": False},
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "none",
+    "parallel_tool_calls": False,
 }
 COMPLETION: dict[str, Any] = {"echo": False, "logprobs": 2, "best_of": 2}
 INTERNAL = {"/healthz", "/readyz", "/metrics", "/adapters"}
