@@ -30,6 +30,7 @@ _REQUIREMENTS = {
     "engine": ("torch", "numpy", "safetensors", "gguf", "tokenizers"),
     "gateway": ("litestar", "tokenizers", "jinja2", "uvicorn"),
     "loadtest": ("locust", "matplotlib", "numpy", "psutil"),
+    "tuning": ("rouge_score",),
 }
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """For commands whose options another program reads."""
@@ -187,6 +188,13 @@ def loadtest(context: typer.Context) -> None:
     if arguments[:1] == ["compare"]:
         module, arguments = "loadtest.compare_runs", arguments[1:]
     _become((sys.executable, "-m", module, *arguments))
+
+
+@app.command(context_settings=_PASS_ON)
+def compare(context: typer.Context) -> None:
+    """Ask two models the same held-out examples: quality, latency and cost, side by side."""
+    _require("loadtest", "tuning")
+    _become((sys.executable, "-m", "loadtest.compare_models", *context.args))
 
 
 def _find_config(given: Path | None) -> Path:
