@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+import numpy as np
+
 from engine.protocol import TokenLogprobs
 from engine.step import Chunk, ChunkResult, StepPlan, StepResult
 
@@ -43,6 +45,8 @@ class FakeRunner:
 
     def _result(self, chunk: Chunk) -> ChunkResult:
         sampling = chunk.sequence.request.sampling
+        if chunk.sequence.request.pooling is not None:
+            return ChunkResult([], pooled=np.array([sum(chunk.token_ids), chunk.num_tokens], np.float32))
         tokens = self._sample(chunk) if chunk.samples else []
         logprobs = None
         if tokens and sampling.logprobs is not None:

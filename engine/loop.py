@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+import numpy as np
 import structlog
 
 from engine.adapter_report import adapter_report
@@ -340,6 +341,7 @@ class EngineLoop:
                     sequence.num_cached if first else 0,
                     made.logprobs,
                     prompt_logprobs,
+                    _embedding(sequence),
                 )
             )
             if made.finish_reason is not None:
@@ -627,6 +629,14 @@ class EngineLoop:
         for sequence in list(self._sequences.values()):
             self._reject(sequence, RejectCode.UNAVAILABLE, "The engine is shutting down.")
         self._stopping = True
+
+
+def _embedding(sequence: Sequence) -> bytes | None:
+    """What was pooled, made a vector of length 1: whether it was a sum or a mean makes no difference then."""
+    if sequence.pooled is None:
+        return None
+    pooled_H = sequence.pooled.astype("<f4")
+    return (pooled_H / max(float(np.linalg.norm(pooled_H)), 1e-12)).astype("<f4").tobytes()
 
 
 def _out_of_range(sampling: SamplingParams) -> str | None:

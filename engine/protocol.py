@@ -113,6 +113,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     """Tenants take turns, as adapters do."""
     cache_salt: str = ""
     """Prefixes are shared only among requests with the same salt."""
+    pooling: Literal["mean", "last"] | None = None
+    """When given, nothing is sampled: the one output holds the prompt's hidden states, pooled (`embedding`)."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -151,6 +153,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     """One entry per token of `token_ids`, when asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """One entry per prompt token, in the request's first output, when asked for."""
+    embedding: bytes | None = None
+    """float32, little-endian, of length 1 as a vector: the final normalised hidden states, pooled as asked for."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step"):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import structlog
 import torch
@@ -102,6 +103,7 @@ class ModelRunner:
                 replace(
                     sampled.get(index, ChunkResult([])),
                     prompt_logprobs=self._prompt_logprobs(chunk, hidden_TH, end),
+                    pooled=_pooled(chunk, hidden_TH, end),
                 )
                 for index, (chunk, end) in enumerate(zip(plan.chunks, ends, strict=True))
             ]
@@ -125,7 +127,11 @@ class ModelRunner:
         masks: dict[int, Future[torch.Tensor]],
     ) -> dict[int, ChunkResult]:
         """What the chunks that sample gave, by their place in the plan."""
-        sampling = [(index, chunk) for index, chunk in enumerate(plan.chunks) if chunk.samples]
+        sampling = [
+            (index, chunk)
+            for index, chunk in enumerate(plan.chunks)
+            if chunk.samples and chunk.sequence.request.pooling is None
+        ]
         # Those without guesses come first and are sampled together.
         sampling.sort(key=lambda each: len(each[1].draft))
         plain = [chunk.sequence for _, chunk in sampling if not chunk.draft]
@@ -185,3 +191,14 @@ class ModelRunner:
             logits_V = self._model.logits(hidden_TH[row : row + 1], [sequence.slot], self._lora)[0]
             found.append(token_logprobs(logits_V, sequence.token_ids[position], top))
         return found
+
+
+def _pooled(chunk: Chunk, hidden_TH: torch.Tensor, end: int) -> Any:
+    """[H] the chunk's part of the sum that is wanted: all of its rows, or the prompt's last. None when none is."""
+    match chunk.sequence.request.pooling:
+        case "mean":
+            return hidden_TH[end - chunk.num_tokens : end].float().sum(0).cpu().numpy()
+        case "last" if chunk.samples:
+            return hidden_TH[end - 1].float().cpu().numpy().copy()  # the next step overwrites its row
+        case _:
+            return None

@@ -211,7 +211,7 @@ class Scheduler:
 
     def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
         """Guessed tokens to check beside the next one; only into blocks that nobody has to give up."""
-        if not self._speculative_tokens or sequence.constraint is not None:
+        if not self._speculative_tokens or sequence.constraint is not None or sequence.request.pooling:
             return ()
         sampling = sequence.request.sampling
         room = min(sampling.max_tokens - sequence.num_generated, self.max_len - len(sequence.token_ids)) - 1
@@ -249,6 +249,7 @@ class Scheduler:
         sequence.num_computed = 0
         if sequence.num_generated == 0:
             sequence.prompt_logprobs.clear()
+            sequence.pooled = None
         sequence.state = SequenceState.WAITING
         self._preempted.add(sequence.key)
         self._preempted_now.add(sequence.key)
@@ -261,7 +262,8 @@ class Scheduler:
         pool = self._pool
         # The last token is always computed: its logits are wanted.
         reusable = (len(sequence.token_ids) - 1) // pool.block_size
-        if sequence.request.sampling.prompt_logprobs is not None and sequence.num_generated == 0:
+        wants_all = sequence.request.sampling.prompt_logprobs is not None and sequence.num_generated == 0
+        if wants_all or sequence.request.pooling == "mean":
             reusable = 0
         pool.extend_keys(sequence.block_keys, sequence.cache_root, sequence.token_ids, reusable)
         cached = self._reused(sequence, reusable)
@@ -329,6 +331,11 @@ class Scheduler:
             sequence.num_computed += chunk.num_tokens - len(chunk.draft)
             if found.prompt_logprobs and sequence.num_generated == 0:
                 sequence.prompt_logprobs.extend(found.prompt_logprobs)
+            if found.pooled is not None:
+                sequence.pooled = found.pooled if sequence.pooled is None else sequence.pooled + found.pooled
+            if sequence.request.pooling is not None and chunk.samples:
+                sequence.finish_reason = FinishReason.STOP
+                progress.append(Progress(sequence, [], None, FinishReason.STOP))
             if found.token_ids:
                 progress.append(self._advance(chunk, found))
             self._register(sequence, chunk)

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.protocol import FinishReason, Generate, TokenLogprobs
 
@@ -60,6 +60,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Filled while the prompt is computed, when asked for."""
+    pooled: Any = None
+    """[hidden] the sum so far of what the request wants pooled (a numpy array, float32)."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:

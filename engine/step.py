@@ -62,6 +62,8 @@ class ChunkResult:
     """Whether the sequence's grammar allows nothing but the end after the last token: it ends with it."""
     error: str | None = None
     """Why the sequence cannot go on, for the caller; nothing was sampled then."""
+    pooled: Any = None
+    """[hidden] to be added to what the request wants pooled (a numpy array, float32), when it wants that."""
 
 
 @dataclass(slots=True, frozen=True)

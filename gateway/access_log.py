@@ -18,6 +18,7 @@ ENDPOINTS = frozenset(
     {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/embeddings",
         "/v1/models",
         "/tokenize",
         "/detokenize",

@@ -15,13 +15,14 @@ from litestar.types import ASGIApp
 from gateway.access_log import CLIENT_GONE, AccessLog, record_of
 from gateway.config import GatewayConfig
 from gateway.disconnect import ClientGoneError
+from gateway.embeddings import create_embeddings
 from gateway.errors import GatewayError, InternalError, envelope, error_of_http_exception, headers_of
 from gateway.metrics import Metrics
 from gateway.routes import ROUTES
 from gateway.served_model import ServedModels
 from gateway.vllm_routes import VLLM_ROUTES
 
-HANDLERS = [*ROUTES, *VLLM_ROUTES]
+HANDLERS = [*ROUTES, *VLLM_ROUTES, create_embeddings]
 """Of every address, whatever its origin."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)

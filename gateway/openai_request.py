@@ -11,7 +11,13 @@ import msgspec
 from engine.protocol import SamplingParams
 from gateway.answer_format import grammar_of
 from gateway.errors import InvalidRequestError, UnsupportedParameterError
-from gateway.openai_schema import ChatFields, CompletionFields, GenerationFields, TokenizeFields
+from gateway.openai_schema import (
+    ChatFields,
+    CompletionFields,
+    EmbeddingFields,
+    GenerationFields,
+    TokenizeFields,
+)
 from gateway.parameters import parameters_of
 
 MAX_CHOICES = 128
@@ -123,6 +129,14 @@ def check_completion(fields: CompletionFields) -> list[str | list[int]]:
             param="prompt",
         )
     return prompts
+
+
+def check_embedding(fields: EmbeddingFields) -> list[str | list[int]]:
+    """Ranges of a request for embeddings; its inputs, each a text or token ids."""
+    _in_range("priority", fields.priority, -(2**31), 2**31 - 1)
+    if fields.truncate_prompt_tokens != -1:
+        _in_range("truncate_prompt_tokens", fields.truncate_prompt_tokens, 1, 2**31 - 1)
+    return _prompts(fields.input, "input")
 
 
 def stops_of(fields: GenerationFields) -> list[str]:
@@ -342,32 +356,32 @@ def _content(content: Any, where: str) -> str:
     return "\n".join(texts)
 
 
-def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+def _prompts(prompt: str | list[Any], param: str = "prompt") -> list[str | list[int]]:
     if isinstance(prompt, str):
-        return [_prompt_text(prompt)]
+        return [_prompt_text(prompt, param)]
     if not prompt:
-        raise InvalidRequestError("'prompt' must not be empty.", param="prompt", code="empty_array")
+        raise InvalidRequestError(f"'{param}' must not be empty.", param=param, code="empty_array")
     if _is_token_ids(prompt):
         return [prompt]
     if len(prompt) > MAX_PROMPTS:
         raise InvalidRequestError(
-            f"Invalid 'prompt': array too long. Expected at most {MAX_PROMPTS} prompts, got {len(prompt)}.",
-            param="prompt",
+            f"Invalid '{param}': array too long. Expected at most {MAX_PROMPTS} prompts, got {len(prompt)}.",
+            param=param,
             code="array_above_max_length",
         )
     if all(isinstance(each, str) for each in prompt):
-        return [_prompt_text(each) for each in prompt]
+        return [_prompt_text(each, param) for each in prompt]
     if all(isinstance(each, list) and each and _is_token_ids(each) for each in prompt):
         return prompt
     raise InvalidRequestError(
-        "'prompt' must be a string, a list of strings, a list of token ids, or a list of lists of token ids.",
-        param="prompt",
+        f"'{param}' must be a string, a list of strings, a list of token ids, or a list of lists of token ids.",
+        param=param,
     )
 
 
-def _prompt_text(prompt: str) -> str:
+def _prompt_text(prompt: str, param: str) -> str:
     if not prompt:
-        raise InvalidRequestError("'prompt' must not be empty.", param="prompt", code="empty_string")
+        raise InvalidRequestError(f"'{param}' must not be empty.", param=param, code="empty_string")
     return prompt
 
 

@@ -3,7 +3,7 @@
 Unknown request fields are refused by name in `openai_request.py`, which also checks ranges.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -114,6 +114,20 @@ class DetokenizeFields(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[int]
 
 
+class EmbeddingFields(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of `POST /v1/embeddings`."""
+
+    model: str
+    input: str | list[Any]
+    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["mean", "last"] | None = None
+    """Ours; None: mean."""
+    adapter_id: str | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
+    priority: int | None = None
+
+
 class LoadAdapterFields(msgspec.Struct, frozen=True, kw_only=True):
     """The body of vLLM's `POST /v1/load_lora_adapter`."""
 
@@ -128,6 +142,25 @@ class UnloadAdapterFields(msgspec.Struct, frozen=True, kw_only=True):
     """The body of vLLM's `POST /v1/unload_lora_adapter`."""
 
     lora_name: str = ""
+
+
+class EmbeddingUsage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(msgspec.Struct, frozen=True, kw_only=True):
+    object: str = "embedding"
+    index: int
+    embedding: list[float] | str
+    """Numbers, or base64 of float32 (little-endian)."""
+
+
+class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
+    object: str = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):

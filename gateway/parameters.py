@@ -15,6 +15,7 @@ from gateway.openai_schema import (
     ChatFields,
     CompletionFields,
     DetokenizeFields,
+    EmbeddingFields,
     LoadAdapterFields,
     TokenizeFields,
     UnloadAdapterFields,
@@ -64,9 +65,10 @@ COMPLETIONS = (CompletionFields,)
 GENERATION = (ChatFields, CompletionFields)
 TOKENIZE = (TokenizeFields,)
 DETOKENIZE = (DetokenizeFields,)
+EMBEDDING = (EmbeddingFields,)
 LOAD = (LoadAdapterFields,)
 UNLOAD = (UnloadAdapterFields,)
-EVERYWHERE = (*GENERATION, *TOKENIZE, *DETOKENIZE)
+EVERYWHERE = (*GENERATION, *EMBEDDING, *TOKENIZE, *DETOKENIZE)
 
 OPENAI, VLLM, LORAX, OURS = "OpenAI", "vLLM", "LoRAX", "LoRA Land"
 IGNORED, REFUSED = Handling.IGNORED, Handling.REFUSED
@@ -74,6 +76,7 @@ IGNORED, REFUSED = Handling.IGNORED, Handling.REFUSED
 ENDPOINTS = (
     Endpoint("POST /v1/chat/completions", OPENAI),
     Endpoint("POST /v1/completions", OPENAI),
+    Endpoint("POST /v1/embeddings", OPENAI, note="hidden states of the served model, pooled"),
     Endpoint("GET /v1/models", OPENAI),
     Endpoint("GET /v1/models/{model}", OPENAI),
     Endpoint("DELETE /v1/models/{model}", OPENAI, REFUSED, "405"),
@@ -92,6 +95,10 @@ PARAMETERS = (
     Parameter("model", EVERYWHERE, OPENAI, note="of `/tokenize` and `/detokenize` optional: the first"),
     Parameter("messages", (*CHAT, *TOKENIZE), OPENAI, note="text only; images, audio and files are refused"),
     Parameter("prompt", (*COMPLETIONS, *TOKENIZE), OPENAI),
+    Parameter("input", EMBEDDING, OPENAI),
+    Parameter("encoding_format", EMBEDDING, OPENAI),
+    Parameter("dimensions", EMBEDDING, OPENAI, REFUSED, note="an embedding is as long as the hidden state"),
+    Parameter("pooling", EMBEDDING, OURS, note="`mean` (the default) or `last`"),
     Parameter("stream", GENERATION, OPENAI),
     Parameter("stream_options", GENERATION, OPENAI, note="`include_obfuscation` has no effect"),
     Parameter("n", GENERATION, OPENAI),
@@ -111,7 +118,7 @@ PARAMETERS = (
     Parameter("echo", COMPLETIONS, OPENAI),
     Parameter("best_of", COMPLETIONS, OPENAI, note="only as many as `n`"),
     Parameter("suffix", COMPLETIONS, OPENAI, REFUSED, ("",)),
-    Parameter("user", GENERATION, OPENAI, IGNORED),
+    Parameter("user", (*GENERATION, *EMBEDDING), OPENAI, IGNORED),
     Parameter("safety_identifier", GENERATION, OPENAI, IGNORED),
     Parameter("metadata", GENERATION, OPENAI, IGNORED),
     Parameter("store", GENERATION, OPENAI, IGNORED, note="nothing is stored"),
@@ -136,7 +143,12 @@ PARAMETERS = (
     Parameter("moderation", GENERATION, OPENAI, REFUSED),
     Parameter("tokens", DETOKENIZE, VLLM),
     Parameter("return_token_strs", TOKENIZE, VLLM),
-    Parameter("add_special_tokens", (*GENERATION, *TOKENIZE), VLLM, note="a chat's template writes its own"),
+    Parameter(
+        "add_special_tokens",
+        (*GENERATION, *EMBEDDING, *TOKENIZE),
+        VLLM,
+        note="a chat's template writes its own",
+    ),
     Parameter("add_generation_prompt", (*CHAT, *TOKENIZE), VLLM),
     Parameter("continue_final_message", (*CHAT, *TOKENIZE), VLLM),
     Parameter("chat_template_kwargs", (*CHAT, *TOKENIZE), VLLM),
@@ -150,7 +162,12 @@ PARAMETERS = (
     Parameter("stop_token_ids", GENERATION, VLLM),
     Parameter("skip_special_tokens", GENERATION, VLLM),
     Parameter("include_stop_str_in_output", GENERATION, VLLM, note="not with `stop_token_ids`"),
-    Parameter("truncate_prompt_tokens", GENERATION, VLLM, note="keeps the last so many; not with `echo`"),
+    Parameter(
+        "truncate_prompt_tokens",
+        (*GENERATION, *EMBEDDING),
+        VLLM,
+        note="keeps the last so many; not with `echo`",
+    ),
     Parameter("structured_outputs", GENERATION, VLLM, note="`json`, `regex`, `choice`, `grammar` (Lark)"),
     Parameter("guided_json", GENERATION, VLLM),
     Parameter("guided_regex", GENERATION, VLLM),
@@ -158,7 +175,7 @@ PARAMETERS = (
     Parameter("guided_grammar", GENERATION, VLLM, note="Lark"),
     Parameter("guided_decoding_backend", GENERATION, VLLM, IGNORED),
     Parameter("guided_whitespace_pattern", GENERATION, VLLM, REFUSED),
-    Parameter("priority", GENERATION, VLLM, note="lower goes first"),
+    Parameter("priority", (*GENERATION, *EMBEDDING), VLLM, note="lower goes first"),
     Parameter("cache_salt", GENERATION, VLLM),
     Parameter("echo", CHAT, VLLM, REFUSED, (False,)),
     Parameter("use_beam_search", GENERATION, VLLM, REFUSED, (False,)),
@@ -181,7 +198,7 @@ PARAMETERS = (
     Parameter("base_model_name", LOAD, VLLM, note="the first base when absent"),
     Parameter("is_3d_lora_weight", LOAD, VLLM, REFUSED, (False,)),
     Parameter("lora_int_id", UNLOAD, VLLM, IGNORED, note="names are enough"),
-    Parameter("adapter_id", GENERATION, LORAX, note="`model` then names the base"),
+    Parameter("adapter_id", (*GENERATION, *EMBEDDING), LORAX, note="`model` then names the base"),
     Parameter("adapter_source", GENERATION, LORAX, IGNORED, note="the configuration says where adapters lie"),
     Parameter("api_token", GENERATION, LORAX, IGNORED, note="the engine has its own"),
     Parameter("merged_adapters", GENERATION, LORAX, REFUSED, note="use `adapters`"),

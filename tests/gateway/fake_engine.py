@@ -1,6 +1,7 @@
 """An engine without a model that speaks `engine.protocol`, and breaks when told to. Knows no text."""
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -167,6 +168,9 @@ class FakeEngine:
 
     def _advance(self, running: Running) -> SequenceOutput:
         request, sampling, reply = running.request, running.request.sampling, running.reply
+        if request.pooling is not None:
+            vector = array("f", [len(request.prompt), request.prompt[-1], request.pooling == "mean"])
+            return SequenceOutput(request.request_id, [], FinishReason.STOP, embedding=vector.tobytes())
         first = running.sent == 0
         prompt_logprobs = None
         if first and sampling.prompt_logprobs is not None:

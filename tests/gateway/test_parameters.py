@@ -20,6 +20,7 @@ from tests.gateway.fake_engine import FakeEngine
 LEAST: dict[Body, dict[str, Any]] = {
     schema.ChatFields: {"model": "base", "messages": [{"role": "user", "content": "hello"}]},
     schema.CompletionFields: {"model": "base", "prompt": "hello"},
+    schema.EmbeddingFields: {"model": "base", "input": "hello"},
     schema.TokenizeFields: {"prompt": "hello"},
     schema.DetokenizeFields: {"tokens": [5]},
     schema.LoadAdapterFields: {"lora_name": "any", "lora_path": "/any"},
