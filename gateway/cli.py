@@ -182,11 +182,16 @@ def chat(
 
 @app.command(context_settings=_PASS_ON)
 def loadtest(context: typer.Context) -> None:
-    """Load a server with users and report the latency they got; `loadtest compare A B` puts runs side by side."""
+    """Load a server with users and report the latency they got.
+
+    `loadtest run NAME` runs an experiment by name, `loadtest compare A B` puts runs side by side.
+    """
     _require("loadtest")
     module, arguments = "loadtest", context.args
     if arguments[:1] == ["compare"]:
         module, arguments = "loadtest.compare_runs", arguments[1:]
+    elif arguments[:1] == ["run"]:
+        module, arguments = "loadtest.run_experiment", arguments[1:]
     _become((sys.executable, "-m", module, *arguments))
 
 

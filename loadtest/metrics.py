@@ -18,8 +18,9 @@ PERCENTILES = {50: 2, 90: 10, 99: 100}
 """Percentile → the fewest samples it is given for: at least one must lie beyond it."""
 
 DEFINITIONS = {
-    "total request time": "request sent → end of the stream (closed loop: a user sends when its last answer is complete)",
-    "TTFT": "time to first token: request sent → first event with text (an opening chunk with only a role is none)",
+    "total request time": "request due → end of the stream (due: closed loop, when the last answer is complete; "
+    "open loop, its time in the schedule, however late it was sent)",
+    "TTFT": "time to first token: request due → first event with text (an opening chunk with only a role is none)",
     "token streaming time": "first event with text → last event with text",
     "tok/s per stream": "output tokens after the first / token streaming time, each summed over the requests; answers of "
     "one token have none",
@@ -129,11 +130,11 @@ def ticks_missed(late_s: float, interval_s: float) -> list[float]:
 
 
 def total_time(row: RequestRow) -> float | None:
-    return None if row.done is None else row.done - row.sent
+    return None if row.done is None else row.done - row.scheduled
 
 
 def ttft(row: RequestRow) -> float | None:
-    return None if row.first_content is None else row.first_content - row.sent
+    return None if row.first_content is None else row.first_content - row.scheduled
 
 
 def streaming_time(row: RequestRow) -> float | None:

@@ -52,8 +52,11 @@ code span { white-space: nowrap; }
 </head>
 <body>
 <h1>Load test of {{ plan.model }}</h1>
-<p class="soft">{{ started }} · {{ plan.base_url }} · closed loop: a user sends its next request when its last answer is
-complete{% if plan.think_seconds %}, after {{ plan.think_seconds }} s of thought{% endif %}</p>
+<p class="soft">{{ started }} · {{ plan.base_url }} ·
+{% if plan.experiment %}experiment {{ plan.experiment }} ·{% endif %}
+{% if plan.stages[0].rate %}open loop: requests are sent by a schedule ({{ plan.arrivals }}), times are from it{% else %}
+closed loop: a user sends its next request when its last answer is complete
+{%- if plan.think_seconds %}, after {{ plan.think_seconds }} s of thought{% endif %}{% endif %}</p>
 {% if headline %}<p class="lead">{{ headline }}</p>{% endif %}
 {% if invalid %}<div class="banner"><strong>Do not rely on every figure here.</strong><ul>
 {% for text in invalid %}<li>{{ text }}</li>{% endfor %}</ul></div>{% endif %}

@@ -8,10 +8,11 @@ import msgspec
 
 Endpoint = Literal["chat", "completions"]
 PromptKind = Literal["words", "tasks"]
+Arrivals = Literal["poisson", "constant"]
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """A constant number of closed-loop users, each request to one of `models`, drawn uniformly."""
+    """A constant number of closed-loop users, or an open loop at `rate`; each request to one of `models`."""
 
     mode: str
     """What the report calls the adapter choice: `base`, `1 adapter`, `25 adapters`."""
@@ -19,9 +20,15 @@ class Stage(msgspec.Struct, frozen=True):
     models: tuple[str, ...]
     """The `model` names that requests carry; the base model's own name when `adapters` is 0."""
     adapters: int
+    weights: tuple[float, ...] = ()
+    """How often each of `models` is drawn against the others; empty: all alike."""
+    rate: float | None = None
+    """Requests a second of an open loop, whose `users` is 0; None for users who wait for their answers."""
 
     @property
     def title(self) -> str:
+        if self.rate is not None:
+            return self.mode
         return f"{self.mode}, {self.users} user{'s' if self.users != 1 else ''}"
 
 
@@ -41,7 +48,13 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Pause of a user between an answer and its next request."""
     prompt_kind: PromptKind = "words"
     prompt_tokens: int = 64
+    prompt_tokens_most: int | None = None
+    """With it each prompt's length is drawn from `prompt_tokens` to here, both included."""
     max_tokens: int = 32
+    max_tokens_least: int | None = None
+    """With it each request's limit is drawn from here to `max_tokens`, both included."""
+    shared_prefix_tokens: int = 0
+    """Length of an opening that all prompts to one model have in common."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     ignore_eos: bool = False
     temperature: float | None = None
@@ -53,6 +66,10 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 120.0
     """Longest silence of a server before the request counts as failed."""
     api_key_env: str = "OPENAI_API_KEY"
+    arrivals: Arrivals = "poisson"
+    """Of the stages with a rate."""
+    experiment: str | None = None
+    """Name of the experiment that this is a run of."""
     seed: int = 0
     nonce: str = ""
     """Changes every prompt of a run, so that no run meets the prefix cache of an earlier one."""

@@ -14,22 +14,47 @@ class Prompts:
     of two runs, differ from the first words on: a prefix cache can only save what the chat template puts before.
     """
 
-    def __init__(self, kind: PromptKind, tokens: int, seed: int, nonce: str) -> None:
-        """`tokens`: approximate length of a `words` prompt; `tasks` prompts are as long as they were written."""
+    def __init__(
+        self,
+        kind: PromptKind,
+        tokens: int,
+        seed: int,
+        nonce: str,
+        *,
+        most: int | None = None,
+        shared_tokens: int = 0,
+    ) -> None:
+        """`tokens`: approximate length of a `words` prompt; `tasks` prompts are as long as they were written.
+
+        With `most` the length is drawn from `tokens` to `most`. `shared_tokens`: words of an opening that belongs
+        to the prompt's owner (`text`), on top of that length.
+        """
         if tokens < 1:
             raise ValueError("a prompt needs at least one token")
         self._kind: PromptKind = kind
         self._tokens = tokens
+        self._most = most or tokens
+        self._shared_tokens = shared_tokens
+        self._nonce_text = nonce
         self._seed = seed
         self._nonce = random.Random(nonce).choices(WORDS, k=NONCE_WORDS)
 
-    def text(self, index: int) -> str:
-        """The text of prompt `index`, from 0."""
+    def text(self, index: int, owner: str = "") -> str:
+        """The text of prompt `index`, from 0; with a shared opening, that of `owner`."""
+        if not self._shared_tokens:
+            return self._own_text(index)
+        opening = random.Random(f"{self._seed}/{self._nonce_text}/{owner}").choices(
+            WORDS, k=self._shared_tokens
+        )
+        return f"{' '.join(opening)} {self._own_text(index)}"
+
+    def _own_text(self, index: int) -> str:
         source = random.Random(f"{self._seed}/{index}")
         head = _spell(index) + self._nonce
         if self._kind == "tasks":
             return f"Reference {' '.join(head)}.\n{source.choice(TASK_INPUTS)}"
-        fill = source.choices(WORDS, k=max(0, self._tokens - len(head)))
+        tokens = self._tokens if self._most == self._tokens else source.randint(self._tokens, self._most)
+        fill = source.choices(WORDS, k=max(0, tokens - len(head)))
         return " ".join(head + fill)
 
 

@@ -151,10 +151,8 @@ def loadtest(
     except CatalogError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(EXIT_USAGE) from None
-    started = time.time()
-    run_name = datetime.fromtimestamp(started).strftime("%Y%m%d-%H%M%S")
     plan = RunPlan(
-        run=run_name,
+        run=new_run_name(),
         base_url=url,
         endpoint=cast(Endpoint, endpoint.value),
         model=base,
@@ -173,14 +171,21 @@ def loadtest(
         timeout_s=timeout_s,
         api_key_env=api_key_env,
         seed=seed,
-        nonce=nonce if nonce is not None else secrets.token_hex(8),
+        nonce=nonce if nonce is not None else new_nonce(),
     )
-    directory = out or Path(".cache/loadtest") / run_name
+    raise typer.Exit(execute(plan, catalog, out, console, fail_on_error=fail_on_error))
+
+
+def execute(
+    plan: RunPlan, catalog: Catalog, out: Path | None, console: Console, *, fail_on_error: bool
+) -> int:
+    """Runs a plan and writes its report to `out`, or under `.cache/loadtest`. Returns the exit code."""
+    directory = out or Path(".cache/loadtest") / plan.run
     directory.mkdir(parents=True, exist_ok=True)
     record = RunRecord(
         plan=_without_credentials(plan),
-        command=_command_line(url),
-        started_unix=started,
+        command=_command_line(plan.base_url),
+        started_unix=time.time(),
         machine=describe_machine(),
         server=catalog.server,
     )
@@ -189,7 +194,17 @@ def loadtest(
     figures = figures_of(record, rows)
     page = write_page(directory, record, rows, figures)
     print_report(console, record, rows, figures, page)
-    raise typer.Exit(exit_code(record, figures, fail_on_error=fail_on_error))
+    return exit_code(record, figures, fail_on_error=fail_on_error)
+
+
+def new_run_name() -> str:
+    """After the present time, to the second."""
+    return datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def new_nonce() -> str:
+    """What no earlier run's prompts open with."""
+    return secrets.token_hex(8)
 
 
 def plan_stages(base: str, stages: str, users: str, adapters: Sequence[str]) -> tuple[Stage, ...]:

@@ -13,13 +13,16 @@ from time import perf_counter, process_time
 import gevent
 import msgspec
 from gevent.event import Event
+from locust import User
 from locust.clients import HttpSession
 from locust.env import Environment
 from locust.event import EventHook
 
 from loadtest.metrics import percentile, ticks_missed
+from loadtest.open_loop import run_open_loop
 from loadtest.plan import RunPlan, Stage
 from loadtest.record import Message, StageEnded, StageStarted, Trouble
+from loadtest.schedule import arrival_times
 from loadtest.user import RequestSource, go_direct, stage_user
 
 LAG_INTERVAL_S = 0.01
@@ -65,7 +68,8 @@ def _warm_up(source: RequestSource, stage: Stage, stop: Event) -> bool:
 
 def _run_stage(source: RequestSource, number: int, stage: Stage, stop: Event) -> StageEnded:
     plan = source.plan
-    environment = Environment(user_classes=[stage_user(source, stage)], host=plan.base_url)
+    users: list[type[User]] = [stage_user(source, stage)] if stage.rate is None else []
+    environment = Environment(user_classes=users, host=plan.base_url)
 
     @environment.events.user_error.add_listener
     def give_up(exception: BaseException, **_: object) -> None:
@@ -76,13 +80,22 @@ def _run_stage(source: RequestSource, number: int, stage: Stage, stop: Event) ->
     probe = SelfProbe()
     started = source.now()
     steady_from = started + plan.ramp_seconds
-    runner.start(stage.users, spawn_rate=stage.users)
+    load: gevent.Greenlet | None = None
+    if stage.rate is None:
+        runner.start(stage.users, spawn_rate=stage.users)
+    else:
+        due = arrival_times(plan.arrivals, stage.rate, plan.stage_seconds, f"{plan.seed}/{stage.title}")
+        load = gevent.spawn(run_open_loop, source, stage, due, environment.events.request)
     stop.wait(plan.ramp_seconds)
     probe.start()
     stop.wait(max(0.0, started + plan.stage_seconds - source.now()))
     steady_until = source.now()
     probe.stop()
     spawned = runner.user_count
+    if load is not None:
+        load.kill()
+        if load.exception is not None:
+            give_up(load.exception)
     runner.quit()
     total = environment.stats.total
     return StageEnded(

@@ -21,6 +21,7 @@ from urllib3.exceptions import HTTPError
 from loadtest.plan import RunPlan, Stage, is_loopback
 from loadtest.prompts import Prompts
 from loadtest.record import Outcome, RequestRow
+from loadtest.schedule import model_choice
 from loadtest.stream import CompletionStream, error_message
 
 READ_BYTES = 65536
@@ -39,7 +40,14 @@ class RequestSource:
         self.plan = plan
         self._keep = keep
         self._epoch = epoch
-        self._prompts = Prompts(plan.prompt_kind, plan.prompt_tokens, plan.seed, plan.nonce)
+        self._prompts = Prompts(
+            plan.prompt_kind,
+            plan.prompt_tokens,
+            plan.seed,
+            plan.nonce,
+            most=plan.prompt_tokens_most,
+            shared_tokens=plan.shared_prefix_tokens,
+        )
         self._next_index = 0
         self._seen: set[str] = set()
         self._path = "/v1/chat/completions" if plan.endpoint == "chat" else "/v1/completions"
@@ -61,9 +69,19 @@ class RequestSource:
         return not unasked or "completed" in outcomes
 
     def stream(
-        self, client: HttpSession, stage: Stage, model: str, *, user: int, warm_up: bool = False
+        self,
+        client: HttpSession,
+        stage: Stage,
+        model: str,
+        *,
+        user: int,
+        warm_up: bool = False,
+        due: float | None = None,
     ) -> Outcome:
-        """Sends one request and reads its stream to the end, or until the greenlet is killed. Keeps one row."""
+        """Sends one request and reads its stream to the end, or until the greenlet is killed. Keeps one row.
+
+        `due`: when the schedule of an open loop wanted it sent, on the clock of `now`.
+        """
         index = self._next_index
         self._next_index += 1
         cold = model not in self._seen
@@ -74,7 +92,8 @@ class RequestSource:
         status: int | None = None
         error: str | None = None
         headers: float | None = None
-        scheduled = sent = self.now()
+        sent = self.now()
+        scheduled = sent if due is None else due
         try:
             with client.post(
                 self._path,
@@ -105,7 +124,7 @@ class RequestSource:
                         response.close()
                 outcome = "failed" if error else "completed"
                 response.request_meta.update(  # pyright: ignore[reportAttributeAccessIssue]
-                    response_time=((heard.done_at or self.now()) - sent) * 1000,
+                    response_time=((heard.done_at or self.now()) - scheduled) * 1000,
                     response_length=heard.completion_tokens or 0,
                 )
                 if error:
@@ -146,13 +165,16 @@ class RequestSource:
 
     def _body(self, model: str, index: int, warm_up: bool) -> bytes:
         plan = self.plan
-        text = self._prompts.text(index)
+        text = self._prompts.text(index, model)
         body: dict = {"model": model, "stream": True}
         if plan.endpoint == "chat":
             body["messages"] = [{"role": "user", "content": text}]
         else:
             body["prompt"] = text
-        body[plan.max_tokens_field] = min(plan.max_tokens, WARM_UP_TOKENS) if warm_up else plan.max_tokens
+        limit = plan.max_tokens
+        if plan.max_tokens_least is not None:
+            limit = random.Random(f"{plan.seed}/limit/{index}").randint(plan.max_tokens_least, limit)
+        body[plan.max_tokens_field] = min(limit, WARM_UP_TOKENS) if warm_up else limit
         if plan.ask_usage:
             body["stream_options"] = {"include_usage": True}
         if plan.temperature is not None:
@@ -164,7 +186,7 @@ class RequestSource:
 
 def stage_user(source: RequestSource, stage: Stage) -> type[HttpUser]:
     """The user class of a stage. User k of n starts k/n of the ramp after the first: a line, not a burst."""
-    choice = random.Random(f"{source.plan.seed}/{stage.title}")
+    models = model_choice(source.plan, stage)
     arrivals = iter(range(stage.users))
 
     class StageUser(HttpUser):
@@ -178,8 +200,7 @@ def stage_user(source: RequestSource, stage: Stage) -> type[HttpUser]:
 
         @task
         def ask(self) -> None:
-            model = choice.choice(stage.models)
-            if source.stream(self.client, stage, model, user=self.number) == "failed":
+            if source.stream(self.client, stage, next(models), user=self.number) == "failed":
                 gevent.sleep(PAUSE_AFTER_FAILURE_S)
 
     return StageUser

@@ -305,6 +305,25 @@ def test_completions_endpoint_with_forced_length(tmp_path: Path) -> None:
     assert "no usage" in said
 
 
+def test_open_loop_sends_on_time_and_counts_from_the_schedule(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'about = "x"\nadapters = ["base"]\nrates = [20]\narrivals = "constant"\nseconds = 2\nramp_seconds = 0.5\n'
+        f"output_tokens = [{TOKENS}, {TOKENS}]\n"
+    )
+    out = tmp_path / "out"
+    with mock("--ttft-ms", 400) as url:
+        command = [sys.executable, "-m", "loadtest.run_experiment", file, "--url", url, "--out", out]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    load = [row for row in read_rows((out / ROWS_FILE).read_bytes().splitlines()) if row.phase == "load"]
+    due = [row.scheduled for row in sorted(load, key=lambda row: row.scheduled)]
+    assert [b - a for a, b in itertools.pairwise(due)] == pytest.approx([0.05] * (len(due) - 1), abs=1e-4)
+    assert len(due) == 39  # a client with one request at a time would have sent four
+    assert 0 <= median(row.sent - row.scheduled for row in load) < 0.02
+    assert "open loop" in (out / "report.html").read_text()
+
+
 def test_interrupt_ends_cleanly_and_still_reports(tmp_path: Path) -> None:
     with mock() as url:
         process = start(url, tmp_path, "--users", "2", "--stages", "base", "--stage-seconds", 60)
