@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 TASK = "{task}"
+POSTGRES = ("postgresql", "postgres")
 
 
 class ConfigError(Exception):
@@ -43,6 +44,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Origins of web pages that may call the API from a browser; none by default."""
     runtime_adapters: bool = False
     """Whether requests may load and unload adapters, as with vLLM; what may be read is the engine's to say."""
+    database: str = "loraland.db"
+    """An SQLite file, made when it is first needed, or a `postgresql://` URL."""
+    files: str = "loraland-files"
+    """Where the contents of files are kept: a directory, or a URL that fsspec can write to."""
 
 
 def load_config(path: str | Path) -> GatewayConfig:
@@ -72,7 +77,12 @@ def load_config(path: str | Path) -> GatewayConfig:
         )
         for model in config.models
     )
-    return msgspec.structs.replace(config, models=models)
+    return msgspec.structs.replace(
+        config,
+        models=models,
+        database=_absolute(config.database, root),
+        files=_absolute(config.files, root),
+    )
 
 
 def check_config(config: GatewayConfig, source: str) -> None:
@@ -114,6 +124,11 @@ def _check(config: GatewayConfig) -> None:
         for template in model.adapters:
             if template.count(TASK) != 1:
                 raise ConfigError(f"models: the template {template!r} must hold {TASK} exactly once.")
+    if is_uri(config.database) and urlsplit(config.database).scheme not in POSTGRES:
+        raise ConfigError("database: must be a path, or a postgresql:// URL.")
+    for key, place in (("database", config.database), ("files", config.files)):
+        if not place:
+            raise ConfigError(f"{key}: must not be empty.")
     _check_range("port", config.port, 0, 65535)
     _check_range("max_body_mib", config.max_body_mib, 0.001, 1024)
     _check_range("request_timeout_s", config.request_timeout_s, 0.1, 86400)

@@ -74,6 +74,13 @@ class UnavailableError(GatewayError):
     code = "engine_unavailable"
 
 
+class StorageUnavailableError(GatewayError):
+    """The database or the file store is locked or gone."""
+
+    status = 503
+    code = "storage_unavailable"
+
+
 class RequestTimeoutError(GatewayError):
     status = 504
     code = "request_timeout"

@@ -1,0 +1,1 @@
+"""In the order of their numbers; each names the one before it."""
