@@ -148,8 +148,12 @@ _encoder = msgspec.json.Encoder()
 
 
 def _say(message: Message) -> None:
-    sys.stdout.buffer.write(_encoder.encode(message) + b"\n")
-    sys.stdout.buffer.flush()
+    try:
+        sys.stdout.buffer.write(_encoder.encode(message) + b"\n")
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # The harness was killed. Raised in a user's greenlet it would be one more error of that user, who goes on.
+        os._exit(1)
 
 
 def _stop_with_parent(parent: int, stop: Event) -> None:
