@@ -18,11 +18,13 @@ from gateway.disconnect import ClientGoneError
 from gateway.embeddings import create_embeddings
 from gateway.errors import GatewayError, InternalError, envelope, error_of_http_exception, headers_of
 from gateway.metrics import Metrics
+from gateway.response_store import ResponseStore
+from gateway.responses import RESPONSES_ROUTES
 from gateway.routes import ROUTES
 from gateway.served_model import ServedModels
 from gateway.vllm_routes import VLLM_ROUTES
 
-HANDLERS = [*ROUTES, *VLLM_ROUTES, create_embeddings]
+HANDLERS = [*ROUTES, *RESPONSES_ROUTES, *VLLM_ROUTES, create_embeddings]
 """Of every address, whatever its origin."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -60,6 +62,7 @@ def create_app(config: GatewayConfig) -> ASGIApp:
         logging_config=None,
     )
     app.state.metrics = metrics
+    app.state.responses = ResponseStore()
     return AccessLog(app, metrics)
 
 

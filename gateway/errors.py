@@ -51,9 +51,12 @@ class GrammarInvalidError(InvalidRequestError):
     """What the answer shall follow cannot be used."""
 
 
-class ModelNotFoundError(GatewayError):
+class NotFoundError(GatewayError):
     status = 404
     type = "invalid_request_error"
+
+
+class ModelNotFoundError(NotFoundError):
     code = "model_not_found"
 
 

@@ -60,6 +60,11 @@ def decode(body: bytes, shape: type[Fields]) -> Fields:
 
 def check_chat(fields: ChatFields) -> list[dict[str, Any]]:
     """Ranges of a chat request; its messages as chat templates want them."""
+    check_chat_ranges(fields)
+    return check_messages(fields.messages)
+
+
+def check_chat_ranges(fields: ChatFields) -> None:
     _check_generation(fields)
     _in_range("max_completion_tokens", fields.max_completion_tokens, 1, None)
     _in_range("max_tokens", fields.max_tokens, 1, None)
@@ -73,7 +78,6 @@ def check_chat(fields: ChatFields) -> list[dict[str, Any]]:
         raise InvalidRequestError(
             "Give 'max_tokens' or 'max_completion_tokens', not both.", param="max_tokens"
         )
-    return check_messages(fields.messages)
 
 
 def check_chat_options(fields: ChatFields | TokenizeFields) -> None:

@@ -75,6 +75,14 @@ class Writer(Protocol):
         """Events after the last piece."""
         ...
 
+    def failure(self, error: GatewayError) -> bytes:
+        """The last events of a stream that failed."""
+        ...
+
+    async def keep(self, usage: Usage) -> None:
+        """Store what has to be, when all pieces have come."""
+        ...
+
 
 class ChatWriter:
     """`chat.completion` and `chat.completion.chunk`; with `tool_use`, function calls are read out of the text."""
@@ -122,6 +130,12 @@ class ChatWriter:
     def closing(self, usage: Usage) -> bytes:
         return self._frame.closing(usage)
 
+    def failure(self, error: GatewayError) -> bytes:
+        return error_event(error)
+
+    async def keep(self, usage: Usage) -> None:
+        """Nothing is stored."""
+
     def _choice(self, index: int, answer: Answer) -> ChatChoice:
         message, reason = Message(content=answer.text), answer.finish_reason
         if self._tool_use is not None:
@@ -152,17 +166,7 @@ class ChatWriter:
     def _chat_logprobs(self, tokens: list[ScoredToken]) -> ChatLogprobs | None:
         if not self._logprobs:
             return None
-        return ChatLogprobs(
-            [
-                TokenLogprob(
-                    token.text,
-                    token.logprob or 0.0,
-                    list(token.raw),
-                    [TopLogprob(text, logprob, list(raw)) for text, raw, logprob in token.top],
-                )
-                for token in tokens
-            ]
-        )
+        return ChatLogprobs(logprobs_of(tokens))
 
 
 @dataclass(slots=True)
@@ -262,6 +266,12 @@ class CompletionWriter:
     def closing(self, usage: Usage) -> bytes:
         return self._frame.closing(usage)
 
+    def failure(self, error: GatewayError) -> bytes:
+        return error_event(error)
+
+    async def keep(self, usage: Usage) -> None:
+        """Nothing is stored."""
+
     def _completion_logprobs(self, tokens: list[ScoredToken]) -> CompletionLogprobs | None:
         if not self._logprobs:
             return None
@@ -289,6 +299,18 @@ class _Frame:
         if not self._include_usage:
             return DONE
         return self._head + b'],"usage":' + _encode(usage) + b"}\n\n" + DONE
+
+
+def logprobs_of(tokens: list[ScoredToken]) -> list[TokenLogprob]:
+    return [
+        TokenLogprob(
+            token.text,
+            token.logprob or 0.0,
+            list(token.raw),
+            [TopLogprob(text, logprob, list(raw)) for text, raw, logprob in token.top],
+        )
+        for token in tokens
+    ]
 
 
 def error_event(error: GatewayError) -> bytes:

@@ -20,6 +20,7 @@ from gateway.openai_schema import (
     TokenizeFields,
     UnloadAdapterFields,
 )
+from gateway.responses_schema import ResponseFields
 
 
 class Handling(StrEnum):
@@ -68,6 +69,7 @@ DETOKENIZE = (DetokenizeFields,)
 EMBEDDING = (EmbeddingFields,)
 LOAD = (LoadAdapterFields,)
 UNLOAD = (UnloadAdapterFields,)
+RESPONSE = (ResponseFields,)
 EVERYWHERE = (*GENERATION, *EMBEDDING, *TOKENIZE, *DETOKENIZE)
 
 OPENAI, VLLM, LORAX, OURS = "OpenAI", "vLLM", "LoRAX", "LoRA Land"
@@ -77,6 +79,11 @@ ENDPOINTS = (
     Endpoint("POST /v1/chat/completions", OPENAI),
     Endpoint("POST /v1/completions", OPENAI),
     Endpoint("POST /v1/embeddings", OPENAI, note="hidden states of the served model, pooled"),
+    Endpoint("POST /v1/responses", OPENAI),
+    Endpoint("GET /v1/responses/{response_id}", OPENAI),
+    Endpoint("DELETE /v1/responses/{response_id}", OPENAI),
+    Endpoint("POST /v1/responses/{response_id}/cancel", OPENAI, note="400: none runs in the background"),
+    Endpoint("GET /v1/responses/{response_id}/input_items", OPENAI),
     Endpoint("GET /v1/models", OPENAI),
     Endpoint("GET /v1/models/{model}", OPENAI),
     Endpoint("DELETE /v1/models/{model}", OPENAI, REFUSED, "405"),
@@ -141,6 +148,46 @@ PARAMETERS = (
     Parameter("verbosity", GENERATION, OPENAI, REFUSED),
     Parameter("web_search_options", GENERATION, OPENAI, REFUSED),
     Parameter("moderation", GENERATION, OPENAI, REFUSED),
+    Parameter("model", RESPONSE, OPENAI),
+    Parameter("input", RESPONSE, OPENAI, note="text, function calls and their outputs"),
+    Parameter("instructions", RESPONSE, OPENAI),
+    Parameter("previous_response_id", RESPONSE, OPENAI),
+    Parameter("store", RESPONSE, OPENAI, note="in memory, until the process ends"),
+    Parameter("metadata", RESPONSE, OPENAI),
+    Parameter("stream", RESPONSE, OPENAI),
+    Parameter("stream_options", RESPONSE, OPENAI),
+    Parameter("max_output_tokens", RESPONSE, OPENAI),
+    Parameter("temperature", RESPONSE, OPENAI),
+    Parameter("top_p", RESPONSE, OPENAI),
+    Parameter("top_logprobs", RESPONSE, OPENAI),
+    Parameter("include", RESPONSE, OPENAI, note="`message.output_text.logprobs`"),
+    Parameter("text", RESPONSE, OPENAI, note="`format`"),
+    Parameter("tools", RESPONSE, OPENAI, note="functions only"),
+    Parameter("tool_choice", RESPONSE, OPENAI),
+    Parameter("parallel_tool_calls", RESPONSE, OPENAI),
+    Parameter("user", RESPONSE, OPENAI, IGNORED),
+    Parameter("safety_identifier", RESPONSE, OPENAI, IGNORED),
+    Parameter("prompt_cache_key", RESPONSE, OPENAI, IGNORED),
+    Parameter("prompt_cache_options", RESPONSE, OPENAI, IGNORED),
+    Parameter("prompt_cache_retention", RESPONSE, OPENAI, IGNORED),
+    Parameter("max_tool_calls", RESPONSE, OPENAI, IGNORED),
+    Parameter("background_options", RESPONSE, OPENAI, IGNORED),
+    Parameter("background", RESPONSE, OPENAI, REFUSED, (False,)),
+    Parameter("conversation", RESPONSE, OPENAI, REFUSED),
+    Parameter("reasoning", RESPONSE, OPENAI, REFUSED, ({},)),
+    Parameter("truncation", RESPONSE, OPENAI, REFUSED, ("disabled",)),
+    Parameter("context_management", RESPONSE, OPENAI, REFUSED, ([],)),
+    Parameter("service_tier", RESPONSE, OPENAI, REFUSED, ("auto", "default")),
+    Parameter("prompt", RESPONSE, OPENAI, REFUSED),
+    Parameter("moderation", RESPONSE, OPENAI, REFUSED),
+    Parameter("seed", RESPONSE, VLLM),
+    Parameter("top_k", RESPONSE, VLLM),
+    Parameter("min_p", RESPONSE, VLLM),
+    Parameter("repetition_penalty", RESPONSE, VLLM),
+    Parameter("priority", RESPONSE, VLLM),
+    Parameter("cache_salt", RESPONSE, VLLM),
+    Parameter("deadline_s", RESPONSE, OURS),
+    Parameter("adapters", RESPONSE, OURS),
     Parameter("tokens", DETOKENIZE, VLLM),
     Parameter("return_token_strs", TOKENIZE, VLLM),
     Parameter(

@@ -40,7 +40,7 @@ from gateway.openai_request import (
     sampling_of,
     stops_of,
 )
-from gateway.openai_response import Answer, ChatWriter, CompletionWriter, Writer, error_event, usage_of
+from gateway.openai_response import Answer, ChatWriter, CompletionWriter, Writer, usage_of
 from gateway.openai_schema import (
     ChatFields,
     CompletionFields,
@@ -125,7 +125,7 @@ async def chat_completions(request: Request) -> ASGIApp:
 
     async def prepare() -> Prepared:
         wanted = fields.max_completion_tokens or fields.max_tokens
-        token_ids = await _encode_chat(text, messages, fields, tool_use)
+        token_ids = await encode_chat(text, messages, fields, tool_use)
         prompt = Prompt(
             truncated(token_ids, fields.truncate_prompt_tokens, text.facts.max_model_len - (wanted or 1))
         )
@@ -183,7 +183,7 @@ async def tokenize(request: Request) -> ASGIApp:
     if (fields.prompt is None) == (fields.messages is None):
         raise InvalidRequestError("Give either 'prompt' or 'messages'.", param="prompt")
     if fields.messages is not None:
-        tokens = await _encode_chat(text, check_messages(fields.messages), fields)
+        tokens = await encode_chat(text, check_messages(fields.messages), fields)
     else:
         tokens = await text.tokenizer.encode(
             fields.prompt or "", add_special_tokens=fields.add_special_tokens is not False
@@ -245,7 +245,9 @@ async def answer(request: Request, prepare: Callable[[], Awaitable[Prepared]], s
             _collect(answers, first)
             async for each in pieces:
                 _collect(answers, each)
-            return _json_bytes(writer.body(answers, usage_of(completion)))
+            body = writer.body(answers, usage_of(completion))
+            await writer.keep(usage_of(completion))
+            return json_bytes(body)
         finally:
             if not streaming:
                 close()
@@ -266,15 +268,15 @@ async def _events(
         async for each in pieces:
             if events := b"".join(map(writer.events, each)):
                 yield events
+        await writer.keep(usage_of(completion))
+        yield writer.closing(usage_of(completion))
     except GatewayError as error:
         record.error = error.code
-        yield error_event(error)
+        yield writer.failure(error)
     except Exception:
         log.exception("stream_failed", request_id=record.request_id)
         record.error = InternalError.code
-        yield error_event(InternalError("The server failed while working on this request."))
-    else:
-        yield writer.closing(usage_of(completion))
+        yield writer.failure(InternalError("The server failed while working on this request."))
 
 
 def _collect(answers: list[Answer], pieces: list[Piece]) -> None:
@@ -282,7 +284,7 @@ def _collect(answers: list[Answer], pieces: list[Piece]) -> None:
         answers[piece.index].add(piece)
 
 
-async def _encode_chat(
+async def encode_chat(
     text: ModelText,
     messages: list[dict[str, Any]],
     fields: ChatFields | TokenizeFields,
@@ -409,8 +411,8 @@ def find_model(
 
 
 def json_answer(value: msgspec.Struct | dict, status: int = 200) -> ASGIApp:
-    return _json_bytes(msgspec.json.encode(value), status)
+    return json_bytes(msgspec.json.encode(value), status)
 
 
-def _json_bytes(body: bytes, status: int = 200) -> ASGIApp:
+def json_bytes(body: bytes, status: int = 200) -> ASGIApp:
     return ASGIResponse(body=body, media_type="application/json", status_code=status)

@@ -452,3 +452,36 @@ def test_strict_functions_are_closed_in_every_depth(world: World, client: openai
         with pytest.raises(openai.BadRequestError, match="strict") as refused:
             create(bad)
         assert refused.value.code == "invalid_function_parameters"
+
+
+def test_responses_call_functions_and_go_on_from_their_outputs(world: World, client: openai.OpenAI) -> None:
+    flat: Any = {"type": "function", **WEATHER["function"]}
+    world.answer("hermes", f"Let me see.\n{ANSWERS['hermes']}")
+    made = client.responses.create(model="hermes", input="hi", tools=[flat])
+    assert [item.type for item in made.output] == ["message", "function_call", "function_call"]
+    call: Any = made.output[1]
+    assert (call.name, call.status, json.loads(call.arguments)) == ("weather", "completed", {"city": "Köln"})
+
+    streamed = list(client.responses.create(model="hermes", input="hi", tools=[flat], stream=True))
+    done: Any = [event for event in streamed if event.type == "response.function_call_arguments.done"]
+    assert [json.loads(event.arguments) for event in done] == [{"city": "Köln"}, {}]
+    assert [event.sequence_number for event in streamed] == list(range(len(streamed)))
+
+    world.answer("hermes", ONE)
+    forced = client.responses.create(
+        model="hermes", input="hi", tools=[flat], tool_choice={"type": "function", "name": "weather"}
+    )
+    assert [item.type for item in forced.output] == ["function_call"]
+    assert schema_of(world.asked("hermes"))["properties"]["name"] == {"const": "weather"}
+
+    world.answer("hermes", "20 degrees")
+    outputs: Any = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": "20"}
+        for item in made.output
+        if item.type == "function_call"
+    ]
+    last = client.responses.create(model="hermes", input=outputs, tools=[flat], previous_response_id=made.id)
+    assert last.output_text == "20 degrees"
+    prompt = world.prompt("hermes")
+    assert prompt.count("<tool_call>") == 2 and prompt.count("<|im_start|>assistant\nLet me see.") == 1
+    assert prompt.count("<|im_start|>tool\n20") == 2

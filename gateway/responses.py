@@ -1,0 +1,162 @@
+"""The Responses API: which address does what. Knows no events and no shapes of items."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import msgspec
+from litestar import Request, delete, get, post
+from litestar.types import ASGIApp
+
+from gateway.completion import Prompt, tokens_left
+from gateway.errors import InvalidRequestError, NotFoundError
+from gateway.openai_request import check_chat_ranges, check_token_ids, decode
+from gateway.response_store import ResponseStore, StoredResponse
+from gateway.responses_events import ResponsesWriter
+from gateway.responses_request import (
+    chat_of,
+    in_responses_words,
+    input_items_of,
+    messages_of,
+    replayed,
+)
+from gateway.responses_schema import DeletedResponse, ItemList, Response, ResponseFields
+from gateway.routes import Prepared, answer, encode_chat, find_model, job_of, json_answer, json_bytes
+from gateway.tools import check_format_beside_tools, read_tools, use_of
+
+MAX_TURNS = 1000
+"""Responses that one goes on from, each from the one before."""
+MAX_PAGE = 100
+
+
+@post("/v1/responses", status_code=200)
+async def create(request: Request) -> ASGIApp:
+    """Answers input, or goes on from an earlier response."""
+    fields = decode(await request.body(), ResponseFields)
+    with in_responses_words():
+        chat = chat_of(fields)
+        check_chat_ranges(chat)
+    items = input_items_of(fields.input)
+    earlier = await _conversation(_store(request), fields.previous_response_id)
+    messages = messages_of(fields.instructions, earlier, items)
+    model, adapter = find_model(request, fields.model, fields.adapters)
+    text = await model.text_for(adapter)
+    check_token_ids(chat, text.facts.vocab_size)
+    with in_responses_words():
+        tools = read_tools(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
+        tool_use = use_of(tools, text, model.tool_format) if tools else None
+        check_format_beside_tools(chat, tool_use)
+
+    async def prepare() -> Prepared:
+        with in_responses_words():
+            prompt = Prompt(await encode_chat(text, messages, chat, tool_use))
+            limit = tokens_left(
+                len(prompt.token_ids), fields.max_output_tokens, None, text.facts.max_model_len, "messages"
+            )
+            logprobs = (fields.top_logprobs or 0) if chat.logprobs else None
+            job = job_of("resp", chat, text, adapter, [prompt], [limit], logprobs=logprobs, tool_use=tool_use)
+        if job.grammar_param == "response_format":
+            job = replace(job, grammar_param="text.format")
+        writer = ResponsesWriter(job, fields, tool_use, partial(_keep, _store(request), items))
+        return model, job, writer
+
+    return await answer(request, prepare, bool(fields.stream))
+
+
+@get("/v1/responses/{response_id:str}")
+async def retrieve(request: Request) -> ASGIApp:
+    """A response that was stored."""
+    if request.query_params.get("stream") in ("true", "True", "1"):
+        raise InvalidRequestError("Stored responses cannot be streamed again.", param="stream")
+    return json_bytes((await _find(request)).body)
+
+
+@delete("/v1/responses/{response_id:str}", status_code=200)
+async def remove(request: Request) -> ASGIApp:
+    """Forget a response; those that went on from it cannot be gone on from any more."""
+    response_id = _id(request)
+    if not await _store(request).delete(response_id):
+        raise _unknown(response_id)
+    return json_answer(DeletedResponse(id=response_id))
+
+
+@post("/v1/responses/{response_id:str}/cancel", status_code=200)
+async def cancel(request: Request) -> ASGIApp:
+    """OpenAI cancels background responses only; here there are none. Leaving a request ends it."""
+    await _find(request)
+    raise InvalidRequestError("Cannot cancel a synchronous response.", param="response_id")
+
+
+@get("/v1/responses/{response_id:str}/input_items")
+async def input_items(request: Request) -> ASGIApp:
+    """What a response answered, latest first unless asked otherwise."""
+    items = list((await _find(request)).input_items)
+    order = request.query_params.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise InvalidRequestError("'order' must be 'asc' or 'desc'.", param="order", code="invalid_value")
+    if order == "desc":
+        items.reverse()
+    after = request.query_params.get("after")
+    if after is not None:
+        place = next((index for index, item in enumerate(items) if item["id"] == after), None)
+        if place is None:
+            raise InvalidRequestError("'after' is no item of this response.", param="after")
+        items = items[place + 1 :]
+    page = items[: _limit(request.query_params.get("limit", "20"))]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    return json_answer(ItemList(data=page, first_id=first, last_id=last, has_more=len(page) < len(items)))
+
+
+RESPONSES_ROUTES = [create, retrieve, remove, cancel, input_items]
+
+
+async def _keep(store: ResponseStore, items: list[dict[str, Any]], response: Response) -> None:
+    given = msgspec.json.encode(items)
+    await store.save(
+        StoredResponse(
+            response.id, msgspec.json.encode(response), items, len(given), response.previous_response_id
+        )
+    )
+
+
+async def _conversation(store: ResponseStore, response_id: str | None) -> list[dict[str, Any]]:
+    """All items up to and with the response, first to last."""
+    turns: list[list[dict[str, Any]]] = []
+    while response_id is not None:
+        stored = await store.find(response_id)
+        if stored is None or len(turns) >= MAX_TURNS:
+            raise InvalidRequestError(
+                f"Previous response with id '{response_id[:80]}' not found."
+                if stored is None
+                else f"More than {MAX_TURNS} responses in a row.",
+                param="previous_response_id",
+                code="previous_response_not_found" if stored is None else None,
+            )
+        turns.append(replayed(stored.input_items, stored.body))
+        response_id = stored.previous_id
+    return [item for turn in reversed(turns) for item in turn]
+
+
+async def _find(request: Request) -> StoredResponse:
+    stored = await _store(request).find(_id(request))
+    if stored is None:
+        raise _unknown(_id(request))
+    return stored
+
+
+def _unknown(response_id: str) -> NotFoundError:
+    return NotFoundError(f"Response with id '{response_id[:80]}' not found.", param="response_id")
+
+
+def _id(request: Request) -> str:
+    return str(request.path_params["response_id"])
+
+
+def _store(request: Request) -> ResponseStore:
+    return request.app.state.responses
+
+
+def _limit(given: str) -> int:
+    if not given.isascii() or not given.isdigit() or not 1 <= int(given[:9]) <= MAX_PAGE:
+        raise InvalidRequestError(f"'limit' must lie between 1 and {MAX_PAGE}.", param="limit")
+    return int(given)
