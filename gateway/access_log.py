@@ -4,6 +4,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import structlog
 from litestar.datastructures import MutableScopeHeaders
@@ -19,6 +20,7 @@ ENDPOINTS = frozenset(
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/embeddings",
+        "/v1/responses",
         "/v1/models",
         "/tokenize",
         "/detokenize",
@@ -39,12 +41,13 @@ class RequestRecord:
     started_s: float
     status: int | None = None
     model: str = ""
-    """Set once it is known to exist."""
+    """The one that answers, neither alias nor split; set once it is known to exist."""
     error: str | None = None
     first_token_s: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    cost_usd: float = 0.0
 
 
 def record_of(scope: Scope) -> RequestRecord:
@@ -69,7 +72,10 @@ class AccessLog:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableScopeHeaders.from_message(message)["x-request-id"] = record.request_id
+                headers = MutableScopeHeaders.from_message(message)
+                headers["x-request-id"] = record.request_id
+                if record.model:
+                    headers["x-loraland-model"] = quote(record.model, safe="/:@+,*")
             await send(message)
 
         self._metrics.in_flight.inc()
@@ -94,6 +100,8 @@ class AccessLog:
             metrics.prompt_tokens.labels(model).inc(record.prompt_tokens)
             metrics.cached_tokens.labels(model).inc(record.cached_tokens)
             metrics.completion_tokens.labels(model).inc(record.completion_tokens)
+            if record.cost_usd:
+                metrics.cost_usd.labels(model).inc(record.cost_usd)
             if record.first_token_s is not None:
                 ttft_s = record.first_token_s - record.started_s
                 metrics.first_token_seconds.labels(model).observe(ttft_s)
@@ -110,6 +118,7 @@ class AccessLog:
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,
             completion_tokens=record.completion_tokens,
+            cost_usd=round(record.cost_usd, 8),
         )
 
 

@@ -20,7 +20,9 @@ from gateway.errors import GatewayError, InternalError, envelope, error_of_http_
 from gateway.metrics import Metrics
 from gateway.response_store import ResponseStore
 from gateway.responses import RESPONSES_ROUTES
+from gateway.relay import RemoteModels
 from gateway.routes import ROUTES
+from gateway.routing import Names
 from gateway.served_model import ServedModels
 from gateway.vllm_routes import VLLM_ROUTES
 
@@ -36,8 +38,12 @@ def create_app(config: GatewayConfig) -> ASGIApp:
 
     @asynccontextmanager
     async def engines(app: Litestar) -> AsyncIterator[None]:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        # No cookies: an upstream's would travel with everybody's requests.
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
+        ) as session:
             app.state.models = ServedModels(config, session)
+            app.state.remote = RemoteModels(config, session)
             clients = [asyncio.create_task(model.client.run()) for model in app.state.models]
             try:
                 yield
@@ -63,13 +69,16 @@ def create_app(config: GatewayConfig) -> ASGIApp:
     )
     app.state.metrics = metrics
     app.state.responses = ResponseStore()
+    app.state.names = Names(config)
     return AccessLog(app, metrics)
 
 
 def _cors(config: GatewayConfig) -> CORSConfig | None:
     if not config.cors_allow_origins:
         return None
-    return CORSConfig(allow_origins=list(config.cors_allow_origins), expose_headers=["x-request-id"])
+    return CORSConfig(
+        allow_origins=list(config.cors_allow_origins), expose_headers=["x-request-id", "x-loraland-model"]
+    )
 
 
 def _on_gateway_error(request: Request, error: GatewayError) -> Response:

@@ -30,10 +30,52 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the model writes function calls; `auto` reads it off its chat template."""
 
 
+class UpstreamModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model of an upstream."""
+
+    name: str
+    """The public name."""
+    remote: str = ""
+    """The upstream's name of it; empty: the public one."""
+    input_usd_per_million: float = 0.0
+    """Price of a million tokens read."""
+    output_usd_per_million: float = 0.0
+    """Price of a million tokens written."""
+
+
+class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One other OpenAI-compatible server."""
+
+    name: str
+    """For messages, logs and metrics."""
+    url: str
+    """What an SDK would be given as base URL, e.g. `https://api.openai.com/v1`."""
+    models: tuple[UpstreamModelConfig, ...] = ()
+    api_key_env: str = ""
+    """The environment variable that holds the key; empty: the upstream asks for none."""
+    connect_timeout_s: float = 5.0
+    first_byte_timeout_s: float = 120.0
+    """Until the first event of a stream. An answer in one piece has `request_timeout_s`."""
+    idle_timeout_s: float = 60.0
+    """Between two pieces of an answer."""
+    retries: int = 2
+    max_retry_wait_s: float = 10.0
+    """Who asks for a longer pause, with Retry-After, is not tried again: the client is told."""
+    breaker_failures: int = 5
+    breaker_pause_s: float = 30.0
+
+
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything a gateway must be told. Local paths are absolute once `load_config` has read them."""
 
-    models: tuple[ModelConfig, ...]
+    models: tuple[ModelConfig, ...] = ()
+    upstreams: tuple[UpstreamConfig, ...] = ()
+    aliases: dict[str, str] = {}
+    """Name -> the name it stands for."""
+    splits: dict[str, dict[str, float]] = {}
+    """Name -> the names it stands for, each with its share."""
+    fallbacks: dict[str, tuple[str, ...]] = {}
+    """Name -> the names to try, in this order, when it fails."""
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_mib: float = 8
@@ -110,8 +152,8 @@ def _absolute(place: str, root: Path) -> str:
 
 def _check(config: GatewayConfig) -> None:
     names = [model.name for model in config.models]
-    if not names:
-        raise ConfigError("models: at least one [[gateway.models]] is needed.")
+    if not names and not config.upstreams:
+        raise ConfigError("models: at least one [[gateway.models]] or [[gateway.upstreams]] is needed.")
     for name in names:
         if not name or name.startswith("/") or name.endswith("/") or not name.isprintable():
             raise ConfigError(f"models: {name!r} cannot be a model's name.")
@@ -129,9 +171,69 @@ def _check(config: GatewayConfig) -> None:
     for key, place in (("database", config.database), ("files", config.files)):
         if not place:
             raise ConfigError(f"{key}: must not be empty.")
+    for upstream in config.upstreams:
+        _check_upstream(upstream)
+    _check_names(config)
     _check_range("port", config.port, 0, 65535)
     _check_range("max_body_mib", config.max_body_mib, 0.001, 1024)
     _check_range("request_timeout_s", config.request_timeout_s, 0.1, 86400)
+
+
+def _check_upstream(upstream: UpstreamConfig) -> None:
+    name = upstream.name
+    address = urlsplit(upstream.url)
+    if address.scheme not in ("http", "https") or not address.netloc:
+        raise ConfigError(f"upstreams: the url of {name!r} must be an http:// or https:// address.")
+    if upstream.api_key_env and not os.environ.get(upstream.api_key_env):
+        raise ConfigError(f"upstreams: {name!r} needs its key in the environment: {upstream.api_key_env}.")
+    for key in ("connect_timeout_s", "first_byte_timeout_s", "idle_timeout_s"):
+        _check_range(f"upstreams: {name!r}: {key}", getattr(upstream, key), 0.01, 86400)
+    for key in ("max_retry_wait_s", "breaker_pause_s"):
+        _check_range(f"upstreams: {name!r}: {key}", getattr(upstream, key), 0, 86400)
+    _check_range(f"upstreams: {name!r}: retries", upstream.retries, 0, 100)
+    _check_range(f"upstreams: {name!r}: breaker_failures", upstream.breaker_failures, 1, 1_000_000)
+    for model in upstream.models:
+        for key in ("input_usd_per_million", "output_usd_per_million"):
+            _check_range(f"upstreams: {model.name!r}: {key}", getattr(model, key), 0, 1e9)
+
+
+def _check_names(config: GatewayConfig) -> None:
+    """Every name has one meaning, leads to something, and not back to itself."""
+    bases = [model.name for model in config.models]
+    remote = [model.name for upstream in config.upstreams for model in upstream.models]
+    given = [*bases, *remote, *config.aliases, *config.splits]
+    labels = [upstream.name for upstream in config.upstreams]
+    for name in (*given, *labels):
+        if not name or not name.isprintable() or name != name.strip("/ "):
+            raise ConfigError(f"{name!r} cannot be a name.")
+        if given.count(name) > 1 or labels.count(name) > 1:
+            raise ConfigError(f"the name {name!r} is used twice.")
+    targets = {name: [target] for name, target in config.aliases.items()}
+    for name, shares in config.splits.items():
+        targets[name] = list(shares)
+        for target, share in shares.items():
+            _check_range(f"splits: {name!r}: {target!r}", share, 0, 1e9)
+        if sum(shares.values()) <= 0:
+            raise ConfigError(f"splits: {name!r} needs a share above 0.")
+
+    def is_known(name: str) -> bool:
+        return name in given or name.rpartition("/")[0] in bases
+
+    for name, following in [*targets.items(), *config.fallbacks.items()]:
+        for each in (name, *following):
+            if not is_known(each):
+                raise ConfigError(
+                    f"{name!r} leads to {each!r}, which is no model, upstream's model, alias or split."
+                )
+    for name in targets:
+        _check_leads_on(name, targets, ())
+
+
+def _check_leads_on(name: str, targets: dict[str, list[str]], before: tuple[str, ...]) -> None:
+    if name in before:
+        raise ConfigError(f"aliases or splits lead in a circle: {' -> '.join((*before, name))}.")
+    for target in targets.get(name, ()):
+        _check_leads_on(target, targets, (*before, name))
 
 
 def _check_range(key: str, value: Any, low: float, high: float) -> None:

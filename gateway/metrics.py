@@ -48,6 +48,24 @@ class Metrics:
         self.completion_tokens = Counter(
             "loraland_gateway_completion_tokens", "Tokens written.", ["model"], registry=self.registry
         )
+        self.cost_usd = Counter(
+            "loraland_gateway_cost_usd",
+            "What upstreams' answers cost by the configured prices, in US dollars.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.upstream_failures = Gauge(
+            "loraland_gateway_upstream_failures",
+            "Tries that failed by the upstream's fault, since the start.",
+            ["upstream"],
+            registry=self.registry,
+        )
+        self.upstream_open = Gauge(
+            "loraland_gateway_upstream_open",
+            "1 while the upstream's circuit is open: it is left alone.",
+            ["upstream"],
+            registry=self.registry,
+        )
         self.engine_connected = Gauge(
             "loraland_gateway_engine_connected", "1 while the engine is.", ["model"], registry=self.registry
         )
@@ -62,6 +80,10 @@ class Metrics:
         self.engine_connected.labels(model).set(status is not None)
         self.engine_sequences.labels(model, "running").set(status.running if status else 0)
         self.engine_sequences.labels(model, "waiting").set(status.waiting if status else 0)
+
+    def observe_upstream(self, upstream: str, failures: int, is_open: bool) -> None:
+        self.upstream_failures.labels(upstream).set(failures)
+        self.upstream_open.labels(upstream).set(is_open)
 
     def text(self) -> bytes:
         """The exposition format of Prometheus."""

@@ -52,6 +52,8 @@ from gateway.openai_schema import (
     Tokens,
     WeightedAdapter,
 )
+from gateway.relay import RemoteModels, asked_in, relay
+from gateway.routing import Names, another_may_do
 from gateway.served_model import ServedModel, ServedModels
 from gateway.sse import EventStream
 from gateway.tools import ToolUse, check_format_beside_tools, read_tools, use_of, with_tools_in_words
@@ -76,7 +78,7 @@ async def readyz(request: Request) -> ASGIApp:
     engines = {
         model.name: "ready" if model.client.connected else "unavailable" for model in models_of(request)
     }
-    ready = "ready" in engines.values()
+    ready = "ready" in engines.values() or not engines
     return json_answer(
         {"status": "ready" if ready else "unavailable", "models": engines}, 200 if ready else 503
     )
@@ -88,6 +90,8 @@ async def metrics(request: Request) -> ASGIApp:
     metrics: Metrics = request.app.state.metrics
     for model in models_of(request):
         metrics.observe_engine(model.name, model.client.status)
+    for upstream in _remote(request).upstreams:
+        metrics.observe_upstream(upstream.name, upstream.failures, upstream.is_open)
     return ASGIResponse(body=metrics.text(), media_type="text/plain; version=0.0.4")
 
 
@@ -99,23 +103,31 @@ async def adapters(request: Request) -> ASGIApp:
 
 @get("/v1/models")
 async def list_models(request: Request) -> ASGIApp:
-    """Every base model, and every adapter as `<base>/<task>`."""
-    return json_answer(ModelList(data=await asyncio.to_thread(models_of(request).cards)))
+    """Every base model, every adapter as `<base>/<task>`, and what the configuration names besides."""
+    own = await asyncio.to_thread(models_of(request).cards)
+    return json_answer(ModelList(data=[*own, *_remote(request).cards()]))
 
 
 @get("/v1/models/{model_id:path}")
 async def retrieve_model(request: Request) -> ASGIApp:
     """One model; its id may hold slashes, encoded or not."""
     model_id = str(request.path_params["model_id"]).removeprefix("/")
+    for card in _remote(request).cards():
+        if card.id == model_id:
+            return json_answer(card)
     return json_answer(await asyncio.to_thread(models_of(request).find_card, model_id))
 
 
 @post("/v1/chat/completions", status_code=200)
 async def chat_completions(request: Request) -> ASGIApp:
     """OpenAI's chat."""
+    return await _route(request, "/chat/completions", _chat)
+
+
+async def _chat(request: Request, name: str | None) -> ASGIApp:
     fields = decode(await request.body(), ChatFields)
     messages = check_chat(fields)
-    model, adapter = find_model(request, fields.model, fields.adapters, fields.adapter_id)
+    model, adapter = find_model(request, name or fields.model, fields.adapters, fields.adapter_id)
     text = await model.text_for(adapter)
     check_token_ids(fields, text.facts.vocab_size)
 
@@ -145,9 +157,13 @@ async def chat_completions(request: Request) -> ASGIApp:
 @post("/v1/completions", status_code=200)
 async def completions(request: Request) -> ASGIApp:
     """OpenAI's legacy completions."""
+    return await _route(request, "/completions", _complete)
+
+
+async def _complete(request: Request, name: str | None) -> ASGIApp:
     fields = decode(await request.body(), CompletionFields)
     given = check_completion(fields)
-    model, adapter = find_model(request, fields.model, fields.adapters, fields.adapter_id)
+    model, adapter = find_model(request, name or fields.model, fields.adapters, fields.adapter_id)
     text = await model.text_for(adapter)
     check_token_ids(fields, text.facts.vocab_size)
 
@@ -171,6 +187,30 @@ async def completions(request: Request) -> ASGIApp:
         return model, job, writer
 
     return await answer(request, prepare, bool(fields.stream))
+
+
+@post("/v1/embeddings", status_code=200)
+async def embeddings(request: Request) -> ASGIApp:
+    """OpenAI's embeddings, of upstreams' models."""
+    return await _route(request, "/embeddings", _refuse)
+
+
+@post("/v1/responses", status_code=200)
+async def responses(request: Request) -> ASGIApp:
+    """OpenAI's Responses API, of upstreams' models."""
+    return await _route(request, "/responses", _refuse)
+
+
+async def _refuse(request: Request, name: str | None) -> ASGIApp:
+    """What our engines do not do."""
+    asked = asked_in(await request.body())
+    if asked is None:
+        raise InvalidRequestError("The request body must be a JSON object with a string 'model'.")
+    find_model(request, name or asked.model)
+    raise InvalidRequestError(
+        f"The model '{asked.model}' cannot be used at {request.url.path}; /v1/chat/completions can be.",
+        param="model",
+    )
 
 
 @post("/tokenize", status_code=200)
@@ -211,9 +251,42 @@ ROUTES = [
     retrieve_model,
     chat_completions,
     completions,
+    embeddings,
+    responses,
     tokenize,
     detokenize_tokens,
 ]
+
+
+async def _route(
+    request: Request, path: str, own: Callable[[Request, str | None], Awaitable[ASGIApp]]
+) -> ASGIApp:
+    """Let the first model answer that can, of those that the request's name stands for.
+
+    Args:
+        own: Answers by an engine of ours, as the model of that name, or (None) as the one in the body.
+    """
+    names: Names = request.app.state.names
+    asked = asked_in(await request.body())
+    if asked is None or asked.model not in names:
+        return await own(request, None)
+    remote = _remote(request)
+    record = record_of(request.scope)
+    deadline = asyncio.get_running_loop().time() + remote.timeout_s
+    first: tuple[GatewayError, str] | None = None
+    for name in names.chain(asked.model, asked.user or asked.safety_identifier or record.request_id):
+        try:
+            if (model := remote.find(name)) is not None:
+                return await relay(request, path, model, asked, deadline)
+            return await own(request, name)
+        except GatewayError as error:
+            log.warning("model_failed", request_id=record.request_id, model=name, error=error.code)
+            if first is None and not another_may_do(error):
+                raise
+            first = first or (error, record.model)
+    assert first is not None
+    error, record.model = first
+    raise error
 
 
 async def answer(request: Request, prepare: Callable[[], Awaitable[Prepared]], stream: bool) -> ASGIApp:
@@ -379,6 +452,10 @@ def job_of(
 
 def includes_usage(fields: GenerationFields) -> bool:
     return bool(fields.stream_options and fields.stream_options.include_usage)
+
+
+def _remote(request: Request) -> RemoteModels:
+    return request.app.state.remote
 
 
 def models_of(request: Request) -> ServedModels:

@@ -9,7 +9,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.config import load_config as load_engine_config
-from gateway.config import GatewayConfig, ModelConfig
+from gateway.config import GatewayConfig, ModelConfig, UpstreamConfig, UpstreamModelConfig
 from gateway.config import load_config as load_gateway_config
 from scripts import api_tables
 
@@ -19,8 +19,10 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "### `[engine]`": EngineConfig,
     "### `[gateway]`": GatewayConfig,
     "### `[[gateway.models]]`": ModelConfig,
+    "### `[[gateway.upstreams]]`": UpstreamConfig,
+    "### `[[gateway.upstreams.models]]`": UpstreamModelConfig,
 }
-ELSEWHERE = {"models"}
+ELSEWHERE = {"models", "upstreams"}
 """Keys that have a section of their own."""
 
 
