@@ -18,16 +18,20 @@ from gateway.errors import InternalError
 from gateway.model_text import ModelText
 from gateway.openai_request import check_embedding, decode
 from gateway.openai_schema import Embedding, EmbeddingFields, Embeddings, EmbeddingUsage
-from gateway.routes import find_model, json_answer
+from gateway.routes import find_model, json_answer, route
 from gateway.served_model import ServedModel
 
 
 @post("/v1/embeddings", status_code=200)
 async def create_embeddings(request: Request) -> ASGIApp:
     """One vector of length 1 for each input."""
+    return await route(request, "/embeddings", _own)
+
+
+async def _own(request: Request, name: str | None) -> ASGIApp:
     fields = decode(await request.body(), EmbeddingFields)
     inputs = check_embedding(fields)
-    model, adapter = find_model(request, fields.model, adapter_id=fields.adapter_id)
+    model, adapter = find_model(request, name or fields.model, adapter_id=fields.adapter_id)
     text = await model.text_for(adapter)
 
     async def run() -> ASGIApp:

@@ -121,7 +121,7 @@ async def retrieve_model(request: Request) -> ASGIApp:
 @post("/v1/chat/completions", status_code=200)
 async def chat_completions(request: Request) -> ASGIApp:
     """OpenAI's chat."""
-    return await _route(request, "/chat/completions", _chat)
+    return await route(request, "/chat/completions", _chat)
 
 
 async def _chat(request: Request, name: str | None) -> ASGIApp:
@@ -157,7 +157,7 @@ async def _chat(request: Request, name: str | None) -> ASGIApp:
 @post("/v1/completions", status_code=200)
 async def completions(request: Request) -> ASGIApp:
     """OpenAI's legacy completions."""
-    return await _route(request, "/completions", _complete)
+    return await route(request, "/completions", _complete)
 
 
 async def _complete(request: Request, name: str | None) -> ASGIApp:
@@ -189,16 +189,10 @@ async def _complete(request: Request, name: str | None) -> ASGIApp:
     return await answer(request, prepare, bool(fields.stream))
 
 
-@post("/v1/embeddings", status_code=200)
-async def embeddings(request: Request) -> ASGIApp:
-    """OpenAI's embeddings, of upstreams' models."""
-    return await _route(request, "/embeddings", _refuse)
-
-
 @post("/v1/responses", status_code=200)
 async def responses(request: Request) -> ASGIApp:
     """OpenAI's Responses API, of upstreams' models."""
-    return await _route(request, "/responses", _refuse)
+    return await route(request, "/responses", _refuse)
 
 
 async def _refuse(request: Request, name: str | None) -> ASGIApp:
@@ -251,14 +245,13 @@ ROUTES = [
     retrieve_model,
     chat_completions,
     completions,
-    embeddings,
     responses,
     tokenize,
     detokenize_tokens,
 ]
 
 
-async def _route(
+async def route(
     request: Request, path: str, own: Callable[[Request, str | None], Awaitable[ASGIApp]]
 ) -> ASGIApp:
     """Let the first model answer that can, of those that the request's name stands for.

@@ -129,8 +129,10 @@ class ServedModels:
 
     @property
     def first(self) -> ServedModel:
-        """Whom a request means that names no model."""
-        return next(iter(self._models.values()))
+        """Whom a request means that names no model. Raises `ModelNotFoundError` where there are only upstreams."""
+        for model in self:
+            return model
+        raise ModelNotFoundError("No engine of ours is behind this address.", param="model")
 
     def find(self, model_id: str, param: str = "model") -> tuple[ServedModel, AdapterRef | None]:
         """The base that `model_id` names, and the adapter on it if it names one.

@@ -138,7 +138,7 @@ def test_our_engine_answers_for_an_upstream_that_fails(
 def test_an_upstream_answers_for_our_engine(
     routed: openai.OpenAI, engine: FakeEngine, upstream: FakeUpstream, code: RejectCode
 ) -> None:
-    engine.reply = lambda request: Rejected(request.request_id, code, "no")
+    engine.reject = lambda request: Rejected(request.request_id, code, "no")
     assert ask(routed, "mine") == (THEIRS, "mine", "gpt-4")
     assert upstream.asked[0]["model"] == "gpt-4-0613"
 
@@ -158,7 +158,7 @@ def test_when_all_fail_the_first_error_is_told(
     routed: openai.OpenAI, engine: FakeEngine, upstream: FakeUpstream
 ) -> None:
     upstream.replies = [refuse(503)]
-    engine.reply = lambda request: Rejected(request.request_id, RejectCode.INVALID, "cannot")
+    engine.reject = lambda request: Rejected(request.request_id, RejectCode.INVALID, "cannot")
     with pytest.raises(openai.InternalServerError, match="status 503") as caught:
         ask(routed, "gpt-4")
     assert caught.value.response.headers["x-loraland-model"] == "gpt-4"
@@ -186,7 +186,7 @@ def test_every_name_is_listed(routed: openai.OpenAI) -> None:
 
 def test_our_engines_say_what_they_do_not_do(routed: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="cannot be used"):
-        routed.embeddings.create(model="base", input="a")
+        routed.responses.create(model="base", input="a")
 
 
 def test_arms_get_their_shares() -> None:
