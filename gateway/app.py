@@ -18,9 +18,9 @@ from gateway.disconnect import ClientGoneError
 from gateway.embeddings import create_embeddings
 from gateway.errors import GatewayError, InternalError, envelope, error_of_http_exception, headers_of
 from gateway.metrics import Metrics
+from gateway.relay import RemoteModels
 from gateway.response_store import ResponseStore
 from gateway.responses import RESPONSES_ROUTES
-from gateway.relay import RemoteModels
 from gateway.routes import ROUTES
 from gateway.routing import Names
 from gateway.served_model import ServedModels

@@ -21,7 +21,7 @@ from gateway.responses_request import (
     replayed,
 )
 from gateway.responses_schema import DeletedResponse, ItemList, Response, ResponseFields
-from gateway.routes import Prepared, answer, encode_chat, find_model, job_of, json_answer, json_bytes
+from gateway.routes import Prepared, answer, encode_chat, find_model, job_of, json_answer, json_bytes, route
 from gateway.tools import check_format_beside_tools, read_tools, use_of
 
 MAX_TURNS = 1000
@@ -32,6 +32,10 @@ MAX_PAGE = 100
 @post("/v1/responses", status_code=200)
 async def create(request: Request) -> ASGIApp:
     """Answers input, or goes on from an earlier response."""
+    return await route(request, "/responses", _create)
+
+
+async def _create(request: Request, name: str | None) -> ASGIApp:
     fields = decode(await request.body(), ResponseFields)
     with in_responses_words():
         chat = chat_of(fields)
@@ -39,7 +43,7 @@ async def create(request: Request) -> ASGIApp:
     items = input_items_of(fields.input)
     earlier = await _conversation(_store(request), fields.previous_response_id)
     messages = messages_of(fields.instructions, earlier, items)
-    model, adapter = find_model(request, fields.model, fields.adapters)
+    model, adapter = find_model(request, name or fields.model, fields.adapters)
     text = await model.text_for(adapter)
     check_token_ids(chat, text.facts.vocab_size)
     with in_responses_words():

@@ -189,24 +189,6 @@ async def _complete(request: Request, name: str | None) -> ASGIApp:
     return await answer(request, prepare, bool(fields.stream))
 
 
-@post("/v1/responses", status_code=200)
-async def responses(request: Request) -> ASGIApp:
-    """OpenAI's Responses API, of upstreams' models."""
-    return await route(request, "/responses", _refuse)
-
-
-async def _refuse(request: Request, name: str | None) -> ASGIApp:
-    """What our engines do not do."""
-    asked = asked_in(await request.body())
-    if asked is None:
-        raise InvalidRequestError("The request body must be a JSON object with a string 'model'.")
-    find_model(request, name or asked.model)
-    raise InvalidRequestError(
-        f"The model '{asked.model}' cannot be used at {request.url.path}; /v1/chat/completions can be.",
-        param="model",
-    )
-
-
 @post("/tokenize", status_code=200)
 async def tokenize(request: Request) -> ASGIApp:
     """Token ids of a prompt, or of messages under the chat template."""
@@ -245,7 +227,6 @@ ROUTES = [
     retrieve_model,
     chat_completions,
     completions,
-    responses,
     tokenize,
     detokenize_tokens,
 ]

@@ -184,9 +184,10 @@ def test_every_name_is_listed(routed: openai.OpenAI) -> None:
     assert routed.models.retrieve("test") == cards["test"]
 
 
-def test_our_engines_say_what_they_do_not_do(routed: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="cannot be used"):
-        routed.responses.create(model="base", input="a")
+def test_a_response_falls_back_to_our_engine(routed: openai.OpenAI, upstream: FakeUpstream) -> None:
+    upstream.replies = [refuse(503)]
+    answered = routed.responses.create(model="gpt-4", input="a")
+    assert (answered.output_text, answered.model) == (OURS, "gpt-4")
 
 
 def test_arms_get_their_shares() -> None:
