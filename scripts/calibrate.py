@@ -1,14 +1,17 @@
 """Measures the load test itself: against a server of known times, how far its figures are from the truth, at what CPU.
 
-    python -m scripts.calibrate [--seconds 8] [--out loadtest/results/calibration.json]
+    python -m scripts.calibrate [--guidellm PATH] [--seconds 8] [--out loadtest/results/calibration.json]
 
 The client is the load test's own load process. Truth is what the server recorded of each word, so noise of the
-server is none of the client's error.
+server is none of the client's error. `--guidellm`: that program measures the same server too, closed loop only.
 """
 
 import argparse
+import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -186,6 +189,54 @@ def measure_harness(
     return _compare(plan, stage, end, rows, read_truths(url), meter)
 
 
+def measure_guidellm(program: Path, url: str, streams: int, *, seconds: float) -> Calibration:
+    """GuideLLM in a closed loop, by its own report. Raises CalledProcessError, or OSError when it cannot be started."""
+    with tempfile.TemporaryDirectory() as directory:
+        data, report = Path(directory, "prompts.jsonl"), Path(directory, "report.json")
+        prompts = Prompts("words", 32, 0, str(time.time_ns()))
+        count = streams * max(1, round(seconds)) * 2
+        data.write_text("".join(json.dumps({"prompt": prompts.text(index)}) + "\n" for index in range(count)))
+        command = [str(program), "run", "--disable-console", "--backend"]
+        command += [
+            f"kind=openai_http,target={url},model={MODEL}",
+            "--profile",
+            f"kind=concurrent,streams={streams}",
+        ]
+        command += ["--constraint", f"kind=max_duration,seconds={seconds:g}"]
+        command += ["--data", f"kind=json_file,path={data}", "--output", f"kind=json,path={report}"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment.pop("PYTHONPATH", None)
+        read_truths(url)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
+        meter = CpuMeter(process.pid)
+        code = process.wait()
+        meter.stop()
+        if code:
+            raise subprocess.CalledProcessError(code, command)
+        metrics = json.loads(report.read_bytes())["benchmarks"][0]["metrics"]
+    truths = read_truths(url)
+    ttft, itl = (metrics[name]["successful"] for name in ("time_to_first_token_ms", "inter_token_latency_ms"))
+    true_ttft = sorted((truth.written[0] - truth.received) * 1000 for truth in truths)
+    first, last = min(t.received for t in truths), max(t.written[-1] for t in truths)
+    cpu_s = meter.between(first, last)
+    frames = sum(len(truth.written) for truth in truths)
+    return Calibration(
+        client="guidellm",
+        loop="closed",
+        streams=streams,
+        requests=metrics["request_totals"]["successful"],
+        ttft_p50_ms=Figure(ttft["median"], median(true_ttft)),
+        ttft_p99_ms=Figure(ttft["percentiles"]["p99"], percentile(true_ttft, 99)),
+        itl_mean_ms=Figure(itl["mean"], mean((b - a) * 1000 for t in truths for a, b in pairwise(t.written))),
+        cpu_s=cpu_s,
+        cpu_share=cpu_s / (last - first),
+        cpu_us_per_frame=cpu_s / frames * 1e6,
+        frames_per_s_ceiling=frames / cpu_s if cpu_s > 0 else 0.0,
+    )
+
+
 def _compare(
     plan: RunPlan,
     stage: Stage,
@@ -245,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--out", type=Path, default=Path("loadtest/results/calibration.json"))
+    parser.add_argument("--guidellm", type=Path, help="the program, from an environment of its own")
     options = parser.parse_args()
     answer_s = (TTFT_MS + (TOKENS - 1) * GAP_MS) / 1000
     done: list[Calibration] = []
@@ -262,6 +314,12 @@ def main() -> None:
                     )
                 )
                 _say(done[-1])
+            if options.guidellm:
+                closed = done[-2]
+                done.append(measure_guidellm(options.guidellm, url, streams, seconds=options.seconds))
+                _say(done[-1])
+                ratio = closed.cpu_us_per_frame / done[-1].cpu_us_per_frame
+                print(f"{'':18} CPU a frame, ours / GuideLLM's: {ratio:.2f}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "command": " ".join(["python", "-m", "scripts.calibrate", *sys.argv[1:]]),
@@ -270,7 +328,7 @@ def main() -> None:
         "clients": done,
     }
     options.out.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-    raise SystemExit(0 if all(one.recovered for one in done) else 1)
+    raise SystemExit(0 if all(one.recovered for one in done if one.client != "guidellm") else 1)
 
 
 def _say(one: Calibration) -> None:
