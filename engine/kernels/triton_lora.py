@@ -6,6 +6,9 @@ bits. Rows of the base are in no block and cost nothing; ranks are the true ones
 Shape suffixes: T rows of the step, H inputs, N outputs of all slices, X blocks, M rows of a block.
 """
 
+# Triton types a kernel's parameters as the kernel sees them, not as a launch passes them.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 from dataclasses import dataclass
 
 import numpy as np
