@@ -7,8 +7,9 @@ from typing import Literal
 import msgspec
 
 from loadtest.adapters import is_synthetic
+from loadtest.goodput import LATE_S, delivery
 from loadtest.metrics import StageFigures
-from loadtest.plan import RunPlan, Stage, is_loopback
+from loadtest.plan import Limits, RunPlan, Stage, is_loopback
 from loadtest.record import RequestRow, RunRecord, StageEnded
 
 CPU_LIMIT = 0.8
@@ -18,6 +19,8 @@ LAG_SHARE = 0.25
 """An event loop later (p99) than both this floor and this share of the average TTFT spoils the latencies."""
 USERS_SHARE = 0.9
 """Fewer requests in flight than this share of the users asked for: the load was not what was asked for."""
+LATE_SHARE = 0.01
+"""More requests of an open loop than this share sent late: the schedule was not kept."""
 LENGTH_TOLERANCE = 0.1
 EVENT_TOLERANCE = 0.05
 CACHE_LIMIT = 0.5
@@ -36,12 +39,14 @@ def findings(record: RunRecord, figures: Sequence[StageFigures], rows: Iterable[
     found: list[Finding] = []
     if record.trouble:
         found.append(Finding("invalid", record.trouble))
+    rows = list(rows)
     for ended, stage in zip(record.stages, figures, strict=True):
         planned = record.plan.stages[ended.stage]
         for reason in client_limits(ended, stage, record.plan):
             found.append(Finding("invalid", f"{planned.title}: the client was the bottleneck: {reason}."))
         if not stage.measured:
             found.append(Finding("invalid", _nothing_measured(planned, stage)))
+        found += _open_loop(record.plan, planned, ended, rows)
     errors = Counter(row.error for row in rows if row.error)
     found += [
         Finding("note", f"{count} failed with: {error}") for error, count in errors.most_common(ERRORS_SHOWN)
@@ -75,6 +80,29 @@ def client_limits(ended: StageEnded, stage: StageFigures, plan: RunPlan) -> list
             f"on average only {stage.users_in_flight:.1f} of {stage.users} requests were in flight"
         )
     return reasons
+
+
+def _open_loop(plan: RunPlan, stage: Stage, ended: StageEnded, rows: Iterable[RequestRow]) -> list[Finding]:
+    """What a stage of an open loop delivered, and whether the client kept the schedule."""
+    own = [row for row in rows if (row.mode, row.users) == (stage.mode, stage.users)]
+    got = delivery(stage, ended, own, plan.limits)
+    if got is None or not got.due:
+        return []
+    found: list[Finding] = []
+    if got.late > LATE_SHARE * got.due:
+        found.append(
+            Finding(
+                "invalid",
+                f"{stage.title}: the client was the bottleneck: {got.late} of {got.due} requests were sent more than "
+                f"{LATE_S * 1000:.0f} ms late.",
+            )
+        )
+    good = f", {got.good:.2f} within the limits" if plan.limits != Limits() else ""
+    text = (
+        f"{stage.title}: {got.requested:g} requests/s asked for, {got.sent:.2f} sent, {got.completed:.2f} "
+        f"completed{good}; {got.late} of {got.due} sent late."
+    )
+    return [*found, Finding("note", text)]
 
 
 def _nothing_measured(planned: Stage, stage: StageFigures) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from loadtest.adapters import CatalogError
-from loadtest.plan import Arrivals, Endpoint, PromptKind, Stage, mode_name
+from loadtest.plan import Arrivals, Endpoint, Limits, PromptKind, Stage, mode_name
 
 Popularity = Literal["uniform", "zipf", "weights"]
 
@@ -43,6 +43,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weights: tuple[float, ...] = ()
     """With popularity `weights`: one for each adapter; the last holds for all further ones."""
     endpoint: Endpoint = "chat"
+    limits: Limits = Limits()
+    """What a request must keep to count into the goodput of an open loop."""
     warm_up: bool = True
     seed: int = 0
 

@@ -32,6 +32,14 @@ class Stage(msgspec.Struct, frozen=True):
         return f"{self.mode}, {self.users} user{'s' if self.users != 1 else ''}"
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request must keep to count as good, in milliseconds; None: no limit."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    total_ms: float | None = None
+
+
 class RunPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the load process needs. Holds the name of the API key's variable, never the key."""
 
@@ -68,6 +76,8 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True):
     api_key_env: str = "OPENAI_API_KEY"
     arrivals: Arrivals = "poisson"
     """Of the stages with a rate."""
+    limits: Limits = Limits()
+    """Of goodput, in the stages with a rate."""
     experiment: str | None = None
     """Name of the experiment that this is a run of."""
     seed: int = 0

@@ -85,6 +85,7 @@ def run(
         ignore_eos=experiment.ignore_eos,
         warm_up=experiment.warm_up,
         arrivals=experiment.arrivals,
+        limits=experiment.limits,
         experiment=name,
         api_key_env=api_key_env,
         seed=experiment.seed,

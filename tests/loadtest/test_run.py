@@ -321,6 +321,7 @@ def test_open_loop_sends_on_time_and_counts_from_the_schedule(tmp_path: Path) ->
     assert [b - a for a, b in itertools.pairwise(due)] == pytest.approx([0.05] * (len(due) - 1), abs=1e-4)
     assert len(due) == 39  # a client with one request at a time would have sent four
     assert 0 <= median(row.sent - row.scheduled for row in load) < 0.02
+    assert "20 requests/s asked for" in " ".join(done.stdout.split())
     assert "open loop" in (out / "report.html").read_text()
 
 
