@@ -90,6 +90,22 @@ closed loop: a user sends its next request when its last answer is complete
 <tbody>{% for name, cells in more %}<tr><td>{{ name }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 
+<h2>How sure they are</h2>
+<p class="soft">Percentiles with their 95 % intervals from order statistics, ms;
+– where the samples do not bound an end.</p>
+<div class="scroll"><table>
+<thead><tr><th>stage</th><th>TTFT p50</th><th>TTFT p90</th><th>TTFT p99</th><th>total p50</th><th>total p90</th>
+<th>total p99</th></tr></thead>
+<tbody>{% for name, cells in sure %}<tr><td>{{ name }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+
+<h2>The paper's figures</h2>
+<p class="soft">LoRA Land, Mistral-7B on one A100: another model on other hardware, and nobody
+checked these against its text.</p>
+<dl>{% for line in paper %}<dt>{{ line.what }}</dt><dd>{{ line.figure }}
+<span class="soft">({{ line.source }})</span></dd>
+{% endfor %}</dl>
+
 <h2>Models</h2>
 <p class="soft">All stages pooled. Cold: the run's first request to the model, loading included; it is in no other
 figure.</p>

@@ -75,9 +75,13 @@ def against_users(
 
 
 def cumulative(
-    title: str, unit: str, samples: Sequence[tuple[str, Sequence[float]]], order: Sequence[str]
+    title: str,
+    unit: str,
+    samples: Sequence[tuple[str, Sequence[float]]],
+    order: Sequence[str],
+    of: str = "requests",
 ) -> str:
-    """The share of requests that took at most so long; a curve a choice of adapters."""
+    """The share of requests (or of what `of` names) that took at most so long; a curve a choice of adapters."""
 
     def draw(axes: Axes) -> None:
         for mode, values in samples:
@@ -92,7 +96,7 @@ def cumulative(
         axes.set_xlim(left=0)
         axes.set_xlabel(unit)
 
-    return _svg(title, "share of requests", draw)
+    return _svg(title, f"share of {of}", draw)
 
 
 def modes(figures: Sequence[StageFigures]) -> list[str]:

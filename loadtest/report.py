@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.checks import CPU_LIMIT, LAG_SHARE, client_limits, findings
+from loadtest.intervals import percentile_interval
 from loadtest.metrics import (
     DEFINITIONS,
     PERCENTILES,
@@ -21,11 +22,13 @@ from loadtest.metrics import (
     StageFigures,
     is_measured,
     model_figures,
+    percentile,
     stage_figures,
     total_time,
     ttft,
 )
 from loadtest.page import PAGE
+from loadtest.paper import PAPER_FIGURES
 from loadtest.plots import COLOURS, against_users, cumulative, modes
 from loadtest.record import ROWS_FILE, RequestRow, RunRecord, read_rows, read_run
 
@@ -152,6 +155,8 @@ def write_page(
         ],
         facts=_facts(record, rows),
         definitions=DEFINITIONS,
+        paper=PAPER_FIGURES,
+        sure=_sure(record, rows),
     )
     path = directory / PAGE_FILE
     path.write_text(html, encoding="utf-8")
@@ -228,6 +233,30 @@ def _more(stage: StageFigures) -> list[str]:
     ]
 
 
+def _sure(record: RunRecord, rows: Sequence[RequestRow]) -> list[tuple[str, list[str]]]:
+    """Per stage: p50, p90 and p99 of TTFT and total time, each with its 95 % interval."""
+    lines: list[tuple[str, list[str]]] = []
+    for end in record.stages:
+        stage = record.plan.stages[end.stage]
+        measured = [
+            row
+            for row in rows
+            if (row.mode, row.users) == (stage.mode, stage.users) and is_measured(row, end)
+        ]
+        cells: list[str] = []
+        for pick in (ttft, total_time):
+            ordered = sorted(value for row in measured if (value := pick(row)) is not None)
+            for percent, fewest in PERCENTILES.items():
+                if len(ordered) < fewest:
+                    cells.append(NOTHING)
+                    continue
+                interval = percentile_interval(ordered, percent)
+                low, high = _ms(interval.low), _ms(interval.high)
+                cells.append(f"{_ms(percentile(ordered, percent))} ({low} to {high})")
+        lines.append((stage.title, cells))
+    return lines
+
+
 def _plots(record: RunRecord, rows: Sequence[RequestRow], figures: Sequence[StageFigures]) -> list[str]:
     if not figures:
         return []
@@ -268,6 +297,13 @@ def _plots(record: RunRecord, rows: Sequence[RequestRow], figures: Sequence[Stag
         against_users("Throughput over all streams", "output tokens/s", figures, lambda s: s.output_rate),
         cumulative(f"Total request time, {crowd}", "ms", samples(total_time), order),
         cumulative(f"Time to first token, {crowd}", "ms", samples(ttft), order),
+        cumulative(
+            f"Inter-chunk latency, {crowd}",
+            "ms",
+            [(mode, [gap * 1000 for r in measured if r.mode == mode for gap in r.gaps]) for mode in order],
+            order,
+            of="gaps",
+        ),
     ]
 
 

@@ -54,7 +54,7 @@ def test_page_is_one_well_formed_file_that_fetches_nothing(tmp_path: Path) -> No
     fetched.feed(html)
     assert fetched.found == []
     assert "@import" not in html and "url(http" not in html
-    assert fetched.svgs == 6
+    assert fetched.svgs == 7
     assert "currentColor" in html and "prefers-color-scheme: dark" in html
 
 
@@ -70,6 +70,12 @@ def test_page_escapes_names_and_says_what_was_run(tmp_path: Path) -> None:
         "closed loop",
     ):
         assert said in html
+
+
+def test_page_says_how_sure_percentiles_are_and_where_the_papers_figures_come_from(tmp_path: Path) -> None:
+    html = write_page(tmp_path, RUN, ROWS, FIGURES).read_text()
+    assert "<td>1,000 (1,000 to 1,000)</td>" in html, "twelve requests bound the median from both ends"
+    assert "153.89 ms" in html and "second-hand" in html
 
 
 def test_page_shows_the_banner_when_the_client_was_the_bottleneck(tmp_path: Path) -> None:
