@@ -63,36 +63,55 @@ def prepare_adapter(adapter: HostAdapter, dtype: torch.dtype, base: BaseWeights)
     Raises:
         AdapterError: It was made for another base.
     """
-    size = sum(weights.a.numel() + weights.b.numel() for weights in adapter.modules.values())
-    slab = torch.empty(size, dtype=dtype)
-    modules: dict[tuple[int, str], LoraEntry] = {}
-    used = 0
-
-    def place(values: Tensor, factor: float = 1.0) -> Tensor:
-        nonlocal used
-        view = slab[used : used + values.numel()].view(values.shape)
-        used += values.numel()
-        # Rounded once, to the slab's dtype.
-        return view.copy_(values) if factor == 1.0 else torch.mul(values, factor, out=view)
-
+    affines: dict[tuple[int, str], Tensor | None] = {}
+    pairs: dict[tuple[int, str], tuple[Tensor, Tensor, float]] = {}
     for key in sorted(adapter.modules.keys() | adapter.biases.keys()):
         layer, module = key
         weights, bias = adapter.modules.get(key), adapter.biases.get(key)
         scale = None if weights is None else _dora_scale(weights, base, layer, module)
-        affine = _affine(weights, scale, bias, base.bias(layer, module), f"{module} of layer {layer}")
-        if weights is not None:
-            if scale is None and weights.b.dtype in (dtype, torch.float32):
-                b_RN = place(weights.b.T, weights.scaling)
-            else:
-                b_RN = place(_scaled(weights, scale).T)
-            modules[key] = LoraEntry(place(weights.a), b_RN, affine)
-        elif affine is not None:
-            modules[key] = LoraEntry(None, None, affine)
+        affines[key] = _affine(weights, scale, bias, base.bias(layer, module), f"{module} of layer {layer}")
+        if weights is None:
+            continue
+        if scale is None and weights.b.dtype in (dtype, torch.float32):
+            pairs[key] = weights.a, weights.b, weights.scaling
+        else:
+            pairs[key] = weights.a, _scaled(weights, scale), 1.0
+    slab, placed = _place(pairs, dtype)
+    modules = {key: LoraEntry(*placed.get(key, (None, None)), affine) for key, affine in affines.items()}
+    modules = {key: entry for key, entry in modules.items() if entry.tensors()}
     embedding, head = adapter.embedding, adapter.head
     ready = _prepare_embedding(embedding, dtype, base)
     same = ready and ready.matrix and embedding and head and _equal(embedding.matrix, head.matrix)
     shared = ready.matrix if ready and same else None
     return DeviceAdapter(slab, modules, ready, _prepare_head(head, dtype, base, shared))
+
+
+def _place(
+    pairs: dict[tuple[int, str], tuple[Tensor, Tensor, float]], dtype: torch.dtype
+) -> tuple[Tensor, dict[tuple[int, str], tuple[Tensor, Tensor]]]:
+    """One slab with every A and, transposed and scaled, every B; and where in it they are.
+
+    Equal shapes are laid down at once: a few calls instead of two for every module, each of which would give the
+    interpreter back to the loop's thread and wait for it again.
+    """
+    alike: dict[tuple[object, ...], list[tuple[int, str]]] = {}
+    for key, (a, b, factor) in pairs.items():
+        alike.setdefault((a.shape, a.dtype, b.shape, b.dtype, factor), []).append(key)
+    slab = torch.empty(sum(a.numel() + b.numel() for a, b, _ in pairs.values()), dtype=dtype)
+    placed: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+    used = 0
+    for keys in alike.values():
+        a_ERH = torch.stack([pairs[key][0] for key in keys])
+        b_ENR = torch.stack([pairs[key][1] for key in keys])
+        middle = used + a_ERH.numel()
+        end = middle + b_ENR.numel()
+        ours_a = slab[used:middle].view(a_ERH.shape).copy_(a_ERH)
+        ours_b = slab[middle:end].view(len(keys), b_ENR.shape[2], b_ENR.shape[1])
+        # Rounded once, to the slab's dtype.
+        torch.mul(b_ENR.transpose(1, 2), pairs[keys[0]][2], out=ours_b)
+        placed.update(zip(keys, zip(ours_a.unbind(), ours_b.unbind(), strict=True), strict=True))
+        used = end
+    return slab, placed
 
 
 def _prepare_embedding(

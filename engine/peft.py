@@ -5,9 +5,9 @@ Every tensor is used or the adapter is refused: nothing is half applied. Knows n
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,10 +39,7 @@ def read_peft(config: PeftConfig, weights: bytes, sha256: str, spec: ModelSpec, 
         AdapterError: It does not fit the base, or holds what is not served.
     """
     parts = _Parts(_tensors(weights), config, spec, served)
-    linears = [
-        [module_path(spec, layer, module) for module in spec.family.modules]
-        for layer in range(spec.num_layers)
-    ]
+    linears = _linear_paths(tuple(spec.family.modules.items()), spec.num_layers)
     config.check_targets(parts.adapted, linears, spec.tie_word_embeddings)
     modules: dict[tuple[int, str], LoraWeights] = {}
     biases: dict[tuple[int, str], Tensor] = {}
@@ -53,6 +50,7 @@ def read_peft(config: PeftConfig, weights: bytes, sha256: str, spec: ModelSpec, 
         if (bias := parts.bias(path, outputs)) is not None:
             biases[place] = bias
     embedding, head = parts.vocabulary(EMBEDDING), parts.vocabulary(HEAD)
+    parts.check_finite()
     if config.ties and spec.tie_word_embeddings and embedding is not None and head is None:
         head = _tied(embedding, config)
     scalings = {"/".join(map(str, place)): module.scaling for place, module in modules.items()}
@@ -77,9 +75,13 @@ def read_peft(config: PeftConfig, weights: bytes, sha256: str, spec: ModelSpec, 
     )
 
 
-def module_path(spec: ModelSpec, layer: int, module: str) -> str:
-    """As transformers names it: model.layers.0.self_attn.q_proj."""
-    return f"model.layers.{layer}.{spec.family.modules[module]}.{module}"
+@lru_cache(maxsize=8)
+def _linear_paths(modules: tuple[tuple[str, str], ...], num_layers: int) -> tuple[tuple[str, ...], ...]:
+    """Of every linear, layer by layer."""
+    return tuple(
+        tuple(f"model.layers.{layer}.{block}.{module}" for module, block in modules)
+        for layer in range(num_layers)
+    )
 
 
 _PREFIX = "base_model.model."
@@ -101,6 +103,17 @@ _TENSOR_NAME = re.compile(
 _LINEAR_PATH = re.compile(r"model\.layers\.(\d{1,6})\.(\w+)\.(\w+)")
 
 
+@lru_cache(maxsize=4096)
+def _read_name(name: str) -> tuple[str, str, tuple[int, str, str] | None] | None:
+    """Path, kind and, of a linear, (layer, block, projection); None: nothing that PEFT writes."""
+    match = _TENSOR_NAME.fullmatch(name)
+    if match is None:
+        return None
+    linear = _LINEAR_PATH.fullmatch(match["path"])
+    kind = next(kind for kind in _KINDS if match[kind] is not None)
+    return match["path"], kind, None if linear is None else (int(linear[1]), linear[2], linear[3])
+
+
 class _Parts:
     """The tensors by module and kind, checked for what may stand beside what."""
 
@@ -113,6 +126,7 @@ class _Parts:
         self._modules: dict[str, dict[str, Tensor]] = {}
         self.linears: dict[str, tuple[int, str]] = {}
         """Path -> (layer, projection) of every linear the adapter touches."""
+        self._used: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             path, kind = self._place(name)
             kinds = self._modules.setdefault(path, {})
@@ -130,6 +144,16 @@ class _Parts:
                 raise AdapterError(
                     f"{CONFIG_FILE}: modules_to_save names {path}, but {WEIGHTS_FILE} has none"
                 )
+
+    def check_finite(self) -> None:
+        """Refuse an adapter with NaN or infinity in what was used of it."""
+        # One call for all: one a tensor would give the interpreter away and wait for it hundreds of times. A norm of
+        # large numbers overflows, so what it finds is looked at again.
+        if torch.nn.utils.get_total_norm(self._used.values()).isfinite():
+            return
+        for name, tensor in self._used.items():
+            if not tensor.isfinite().all():
+                raise AdapterError(f"{WEIGHTS_FILE}: {name} holds NaN or infinite values")
 
     def lora(self, path: str, outputs: int, inputs: int) -> LoraWeights:
         rank = self._config.rank(path)
@@ -164,23 +188,22 @@ class _Parts:
         )
 
     def _place(self, name: str) -> tuple[str, str]:
-        match = _TENSOR_NAME.fullmatch(name)
-        if match is None:
+        read = _read_name(name)
+        if read is None:
             raise AdapterError(f"{WEIGHTS_FILE}: {name} is nothing that a LoRA adapter of PEFT holds")
-        path = match["path"]
+        path, kind, linear = read
         if path not in (EMBEDDING, HEAD):
-            linear = _LINEAR_PATH.fullmatch(path)
-            if linear is None and match["bias"] is not None:
+            if linear is None and kind == "bias":
                 raise AdapterError(f"{WEIGHTS_FILE}: {name}: trained biases are served on linears only")
-            if linear is None or self._spec.family.modules.get(linear[3]) != linear[2]:
+            if linear is None or self._spec.family.modules.get(linear[2]) != linear[1]:
                 raise AdapterError(
                     f"{WEIGHTS_FILE}: {name} is not a LoRA weight of a projection of this base"
                 )
-            self.linears[path] = int(linear[1]), linear[3]
-            if int(linear[1]) >= self._spec.num_layers:
+            self.linears[path] = linear[0], linear[2]
+            if linear[0] >= self._spec.num_layers:
                 layers = f"this base has {self._spec.num_layers} layers"
                 raise AdapterError(f"{WEIGHTS_FILE}: {path}: {layers}; {self._bases}")
-        return path, next(kind for kind in _KINDS if match[kind] is not None)
+        return path, kind
 
     def _check(self, path: str) -> None:
         """What a module may hold, by the configuration and by what else it holds."""
@@ -226,9 +249,7 @@ class _Parts:
             )
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise AdapterError(f"{WEIGHTS_FILE}: {name} is {tensor.dtype}, not a float of 16 or 32 bits")
-        # NaN is the least and the greatest of what holds one; torch.isfinite takes thirty times as long.
-        if not all(math.isfinite(end.item()) for end in torch.aminmax(tensor)):
-            raise AdapterError(f"{WEIGHTS_FILE}: {name} holds NaN or infinite values")
+        self._used[name] = tensor
         return tensor
 
     @staticmethod

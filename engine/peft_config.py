@@ -6,7 +6,8 @@ Knows no tensors, and of the base only the paths of its modules ("model.layers.0
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 from engine.host_adapter import MAX_RANK, AdapterError
@@ -50,7 +51,7 @@ class PeftConfig:
         """Whether modules_to_save names it."""
         return any(path.endswith(name) for name in self._values.get("modules_to_save") or [])
 
-    def check_targets(self, found: Collection[str], linears: Sequence[Sequence[str]], tied: bool) -> None:
+    def check_targets(self, found: Collection[str], linears: tuple[tuple[str, ...], ...], tied: bool) -> None:
         """Hold the adapted modules against target_modules, where that is a list (a pattern is for training only).
 
         Args:
@@ -75,8 +76,8 @@ class PeftConfig:
         layers = [layers] if isinstance(layers, int) else layers
         chosen = [paths for layer, paths in enumerate(linears) if layers is None or layer in layers]
         if layers is None:
-            chosen.append([EMBEDDING, HEAD])
-        every, expected = _by_ending([*linears, [EMBEDDING, HEAD]]), _by_ending(chosen)
+            chosen.append((EMBEDDING, HEAD))
+        every, expected = _by_ending((*linears, (EMBEDDING, HEAD))), _by_ending(tuple(chosen))
         for target in sorted(targets):
             if target not in every:
                 raise self._error(f"target_modules names {target!r}, which this base does not have")
@@ -186,7 +187,8 @@ def _is_list_of_names(values: object) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def _by_ending(groups: Iterable[Sequence[str]]) -> dict[str, list[str]]:
+@lru_cache(maxsize=16)
+def _by_ending(groups: tuple[tuple[str, ...], ...]) -> dict[str, list[str]]:
     """Every name that means a module by PEFT's rule (the path, or its end after a dot) -> the paths it means."""
     found: dict[str, list[str]] = {}
     for path in (path for group in groups for path in group):

@@ -6,6 +6,8 @@ no step can begin.
 
 import math
 import warnings
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -43,40 +45,68 @@ class _Stored(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
+@dataclass(slots=True)
+class _Run:
+    """Tensors of one dtype that follow one another."""
+
+    dtype: torch.dtype
+    start: int
+    """Its first byte, counted from the end of the header."""
+    end: int
+    names: list[str]
+    shapes: list[torch.Size]
+
+
 def view_tensors(data: bytes) -> dict[str, Tensor]:
     """The tensors by name, to be read only; they keep `data` alive. Raises `TensorFileError`."""
     stop = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
     if len(data) < _LENGTH or stop > len(data):
         raise TensorFileError("its header is longer than the file")
-    try:
-        header = msgspec.json.decode(data[_LENGTH:stop], type=dict[str, Any])
-        header.pop("__metadata__", None)
-        stored = msgspec.convert(header, dict[str, _Stored])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise TensorFileError(f"its header cannot be read: {error}") from error
+    runs = _layout(data[_LENGTH:stop])
+    end = stop + (runs[-1].end if runs else 0)
+    if end != len(data):
+        raise TensorFileError(f"{len(data)} bytes, of which the header describes {end}")
     tensors: dict[str, Tensor] = {}
-    used = stop
-    for name, entry in sorted(stored.items(), key=lambda item: item[1].data_offsets):
-        start, end = (stop + offset for offset in entry.data_offsets)
-        if start != used or end < start:
-            raise TensorFileError(f"{name} does not begin where the tensor before it ends")
-        used = end
-        tensors[name] = _view(name, entry, data, start, end)
-    if used != len(data):
-        raise TensorFileError(f"{len(data)} bytes, of which the header describes {used}")
+    for run in runs:
+        offset, counts = stop + run.start, list(map(math.prod, run.shapes))
+        whole = data
+        if offset % run.dtype.itemsize:
+            whole, offset = data[offset : stop + run.end], 0
+        if run.end == run.start:
+            flat = torch.empty(0, dtype=run.dtype)
+        else:
+            flat = torch.frombuffer(whole, dtype=run.dtype, count=sum(counts), offset=offset)
+        parts = flat.split_with_sizes(counts)
+        tensors.update(zip(run.names, map(Tensor.view, parts, run.shapes), strict=True))
     return tensors
 
 
-def _view(name: str, entry: _Stored, data: bytes, start: int, end: int) -> Tensor:
-    dtype = _DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise TensorFileError(f"{name} is {entry.dtype!r}")
-    count = math.prod(entry.shape)
-    sane = all(0 <= size < 2**31 for size in entry.shape)
-    if not sane or count * dtype.itemsize != end - start or end > len(data):
-        raise TensorFileError(f"{name} has {end - start} bytes for {entry.shape} of {entry.dtype}")
-    if count == 0:
-        return torch.empty(entry.shape, dtype=dtype)
-    if start % dtype.itemsize:
-        data, start = data[start:end], 0
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(entry.shape)
+@lru_cache(maxsize=16)
+def _layout(header: bytes) -> list[_Run]:
+    """What a header says, in the order of the file. Adapters of one recipe have equal ones."""
+    try:
+        entries = msgspec.json.decode(header, type=dict[str, Any])
+        entries.pop("__metadata__", None)
+        stored = msgspec.convert(entries, dict[str, _Stored])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise TensorFileError(f"its header cannot be read: {error}") from error
+    runs: list[_Run] = []
+    used = 0
+    for name, entry in sorted(stored.items(), key=lambda item: item[1].data_offsets):
+        start, end = entry.data_offsets
+        if start != used or end < start:
+            raise TensorFileError(f"{name} does not begin where the tensor before it ends")
+        used = end
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise TensorFileError(f"{name} is {entry.dtype!r}")
+        count = math.prod(entry.shape)
+        if not all(0 <= size < 2**31 for size in entry.shape) or count * dtype.itemsize != end - start:
+            raise TensorFileError(f"{name} has {end - start} bytes for {entry.shape} of {entry.dtype}")
+        if not runs or runs[-1].dtype != dtype:
+            runs.append(_Run(dtype, start, end, [], []))
+        run = runs[-1]
+        run.end = end
+        run.names.append(name)
+        run.shapes.append(torch.Size(entry.shape))
+    return runs
