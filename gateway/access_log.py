@@ -4,6 +4,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 import structlog
@@ -21,6 +22,8 @@ ENDPOINTS = frozenset(
         "/v1/completions",
         "/v1/embeddings",
         "/v1/responses",
+        "/v1/files",
+        "/v1/batches",
         "/v1/models",
         "/tokenize",
         "/detokenize",
@@ -48,6 +51,8 @@ class RequestRecord:
     cached_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
+    priority: int = 0
+    """Added to what the request asks for. Not 0 for the gateway's own requests, for whose answers nobody waits."""
 
 
 def record_of(scope: Scope) -> RequestRecord:
@@ -66,8 +71,9 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(_request_id(scope), time.perf_counter())
-        scope.setdefault("state", {})["record"] = record  # pyright: ignore
+        state: dict[str, Any] = scope.setdefault("state", {})  # pyright: ignore
+        record = RequestRecord(_request_id(scope), time.perf_counter(), priority=state.get("priority", 0))
+        state["record"] = record
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -91,12 +97,14 @@ class AccessLog:
             return
         seconds = time.perf_counter() - record.started_s
         status = record.status or CLIENT_GONE
-        endpoint = path if path in ENDPOINTS else "other"
+        background = record.priority != 0
+        endpoint = "batch" if background else path if path in ENDPOINTS else "other"
         metrics, model = self._metrics, record.model
         metrics.requests.labels(model, endpoint, str(status)).inc()
         ttft_s = None
         if model:
-            metrics.request_seconds.labels(model).observe(seconds)
+            if not background:
+                metrics.request_seconds.labels(model).observe(seconds)
             metrics.prompt_tokens.labels(model).inc(record.prompt_tokens)
             metrics.cached_tokens.labels(model).inc(record.cached_tokens)
             metrics.completion_tokens.labels(model).inc(record.completion_tokens)
@@ -104,8 +112,9 @@ class AccessLog:
                 metrics.cost_usd.labels(model).inc(record.cost_usd)
             if record.first_token_s is not None:
                 ttft_s = record.first_token_s - record.started_s
-                metrics.first_token_seconds.labels(model).observe(ttft_s)
-        log.info(
+                if not background:
+                    metrics.first_token_seconds.labels(model).observe(ttft_s)
+        (log.debug if background else log.info)(
             "request",
             request_id=record.request_id,
             method=method,

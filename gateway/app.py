@@ -13,27 +13,35 @@ from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp
 
 from gateway.access_log import CLIENT_GONE, AccessLog, record_of
+from gateway.batch_worker import BatchWorker
+from gateway.batches import BATCH_ROUTES
 from gateway.config import GatewayConfig
 from gateway.disconnect import ClientGoneError
 from gateway.embeddings import create_embeddings
 from gateway.errors import GatewayError, InternalError, envelope, error_of_http_exception, headers_of
+from gateway.file_store import FileStore
+from gateway.files import FILE_ROUTES
+from gateway.inner_request import InnerAnswer, post_inner
 from gateway.metrics import Metrics
 from gateway.relay import RemoteModels
-from gateway.response_store import ResponseStore
 from gateway.responses import RESPONSES_ROUTES
 from gateway.routes import ROUTES
 from gateway.routing import Names
 from gateway.served_model import ServedModels
+from gateway.storage import Storage
+from gateway.stored_batches import StoredBatches
+from gateway.stored_files import StoredFiles
+from gateway.stored_responses import StoredResponses
 from gateway.vllm_routes import VLLM_ROUTES
 
-HANDLERS = [*ROUTES, *RESPONSES_ROUTES, *VLLM_ROUTES, create_embeddings]
+HANDLERS = [*ROUTES, *RESPONSES_ROUTES, *VLLM_ROUTES, create_embeddings, *FILE_ROUTES, *BATCH_ROUTES]
 """Of every address, whatever its origin."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 def create_app(config: GatewayConfig) -> ASGIApp:
-    """The gateway as an ASGI application. Its lifespan keeps one connection to every engine."""
+    """The gateway as an ASGI application. Its lifespan keeps one connection to every engine, and works on batches."""
     metrics = Metrics()
 
     @asynccontextmanager
@@ -53,9 +61,36 @@ def create_app(config: GatewayConfig) -> ASGIApp:
                     client.cancel()
                 await asyncio.gather(*clients, return_exceptions=True)
 
+    @asynccontextmanager
+    async def stored(app: Litestar) -> AsyncIterator[None]:
+        async def ask(path: str, body: bytes, request_id: str) -> InnerAnswer:
+            return await post_inner(served, path, body, request_id)
+
+        storage = Storage(config.database)
+        app.state.files = files = StoredFiles(storage, FileStore(config.files))
+        app.state.max_file_bytes = int(config.max_file_mib * 2**20)
+        app.state.batches = batches = StoredBatches(storage, config.batch_lease_s)
+        app.state.responses = responses = StoredResponses(storage)
+        app.state.batch_worker = worker = BatchWorker(
+            ask,
+            batches,
+            files,
+            responses,
+            concurrency=config.batch_concurrency,
+            lease_s=config.batch_lease_s,
+            max_line_bytes=int(config.max_body_mib * 2**20),
+        )
+        work = asyncio.create_task(worker.run())
+        try:
+            yield
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            await storage.close()
+
     app = Litestar(
         route_handlers=HANDLERS,
-        lifespan=[engines],
+        lifespan=[engines, stored],
         exception_handlers={
             GatewayError: _on_gateway_error,
             HTTPException: _on_http_exception,
@@ -68,9 +103,9 @@ def create_app(config: GatewayConfig) -> ASGIApp:
         logging_config=None,
     )
     app.state.metrics = metrics
-    app.state.responses = ResponseStore()
     app.state.names = Names(config)
-    return AccessLog(app, metrics)
+    served = AccessLog(app, metrics)
+    return served
 
 
 def _cors(config: GatewayConfig) -> CORSConfig | None:

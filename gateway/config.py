@@ -90,6 +90,12 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An SQLite file, made when it is first needed, or a `postgresql://` URL."""
     files: str = "loraland-files"
     """Where the contents of files are kept: a directory, or a URL that fsspec can write to."""
+    max_file_mib: float = 512
+    """A larger upload is refused with 413."""
+    batch_concurrency: int = 16
+    """Requests of batches that may be under way together."""
+    batch_lease_s: float = 15
+    """How long a batch is left to a gateway that has gone silent before another takes it over."""
 
 
 def load_config(path: str | Path) -> GatewayConfig:
@@ -177,6 +183,9 @@ def _check(config: GatewayConfig) -> None:
     _check_range("port", config.port, 0, 65535)
     _check_range("max_body_mib", config.max_body_mib, 0.001, 1024)
     _check_range("request_timeout_s", config.request_timeout_s, 0.1, 86400)
+    _check_range("max_file_mib", config.max_file_mib, 0.001, 2**20)
+    _check_range("batch_concurrency", config.batch_concurrency, 1, 1024)
+    _check_range("batch_lease_s", config.batch_lease_s, 0.5, 3600)
 
 
 def _check_upstream(upstream: UpstreamConfig) -> None:

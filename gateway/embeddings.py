@@ -49,8 +49,8 @@ async def _own(request: Request, name: str | None) -> ASGIApp:
                 )
             )
             await asyncio.sleep(0)  # a thousand inputs must not keep everyone else waiting
-        vectors = await _embed(model, requests)
         record = record_of(request.scope)
+        vectors = await _embed(model, requests, record.priority)
         record.first_token_s = time.perf_counter()
         record.prompt_tokens = tokens = sum(len(each.prompt) for each in requests)
         written = base64.b64encode if fields.encoding_format == "base64" else None
@@ -74,10 +74,10 @@ async def _tokens(given: str | list[int], text: ModelText, fields: EmbeddingFiel
     return tokens
 
 
-async def _embed(model: ServedModel, requests: list[Generate]) -> list[bytes]:
+async def _embed(model: ServedModel, requests: list[Generate], priority: int) -> list[bytes]:
     """Each request's vector, as bytes of float32. Raises `GatewayError`."""
     vectors: dict[int, bytes] = {}
-    generation = model.client.generate(requests)
+    generation = model.client.generate(requests, priority)
     try:
         while outputs := await generation.next():
             for index, output in outputs:

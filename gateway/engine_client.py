@@ -148,8 +148,11 @@ class EngineClient:
     def connected(self) -> bool:
         return self.status is not None
 
-    def generate(self, requests: list[Generate]) -> Generation:
+    def generate(self, requests: list[Generate], priority: int = 0) -> Generation:
         """Start all of `requests`. Their ids must be unique on this gateway.
+
+        Args:
+            priority: Added to their own; the lower goes first.
 
         Raises:
             UnavailableError: no engine is connected.
@@ -158,6 +161,10 @@ class EngineClient:
             raise UnavailableError(
                 "The engine of this model is not available at the moment.", retry_after_s=RETRY_AFTER_S
             )
+        if priority:
+            requests = [
+                msgspec.structs.replace(request, priority=request.priority + priority) for request in requests
+            ]
         generation = Generation(self, requests, self._request_timeout_s)
         for request in requests:
             self._generations[request.request_id] = generation

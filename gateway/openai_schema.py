@@ -163,6 +163,21 @@ class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
     usage: EmbeddingUsage
 
 
+class ExpiresAfter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    anchor: Literal["created_at"]
+    seconds: int
+
+
+class BatchFields(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of `POST /v1/batches`."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None
+
+
 class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from gateway.openai_schema import (
+    BatchFields,
     ChatFields,
     CompletionFields,
     DetokenizeFields,
@@ -67,6 +68,7 @@ GENERATION = (ChatFields, CompletionFields)
 TOKENIZE = (TokenizeFields,)
 DETOKENIZE = (DetokenizeFields,)
 EMBEDDING = (EmbeddingFields,)
+BATCH = (BatchFields,)
 LOAD = (LoadAdapterFields,)
 UNLOAD = (UnloadAdapterFields,)
 RESPONSE = (ResponseFields,)
@@ -84,6 +86,15 @@ ENDPOINTS = (
     Endpoint("DELETE /v1/responses/{response_id}", OPENAI),
     Endpoint("POST /v1/responses/{response_id}/cancel", OPENAI, note="400: none runs in the background"),
     Endpoint("GET /v1/responses/{response_id}/input_items", OPENAI),
+    Endpoint("POST /v1/files", OPENAI, note="see [Files and batches](#files-and-batches)"),
+    Endpoint("GET /v1/files", OPENAI),
+    Endpoint("GET /v1/files/{file_id}", OPENAI),
+    Endpoint("GET /v1/files/{file_id}/content", OPENAI),
+    Endpoint("DELETE /v1/files/{file_id}", OPENAI, note="not while a batch reads it: 400 `file_in_use`"),
+    Endpoint("POST /v1/batches", OPENAI),
+    Endpoint("GET /v1/batches", OPENAI),
+    Endpoint("GET /v1/batches/{batch_id}", OPENAI),
+    Endpoint("POST /v1/batches/{batch_id}/cancel", OPENAI),
     Endpoint("GET /v1/models", OPENAI),
     Endpoint("GET /v1/models/{model}", OPENAI),
     Endpoint("DELETE /v1/models/{model}", OPENAI, REFUSED, "405"),
@@ -239,6 +250,11 @@ PARAMETERS = (
     Parameter("vllm_xargs", GENERATION, VLLM, REFUSED, ({},)),
     Parameter("include_reasoning", CHAT, VLLM, IGNORED),
     Parameter("request_id", GENERATION, VLLM, IGNORED, note="send `x-request-id`"),
+    Parameter("input_file_id", BATCH, OPENAI),
+    Parameter("endpoint", BATCH, OPENAI, note="chat completions, completions or embeddings"),
+    Parameter("completion_window", BATCH, OPENAI, note="`24h`"),
+    Parameter("metadata", BATCH, OPENAI),
+    Parameter("output_expires_after", BATCH, OPENAI),
     Parameter("lora_name", (*LOAD, *UNLOAD), VLLM),
     Parameter("lora_path", LOAD, VLLM, note="a directory of the engine's machine, a URI, or `org/name`"),
     Parameter("load_inplace", LOAD, VLLM),

@@ -11,7 +11,6 @@ from litestar.types import ASGIApp
 from gateway.completion import Prompt, tokens_left
 from gateway.errors import InvalidRequestError, NotFoundError
 from gateway.openai_request import check_chat_ranges, check_token_ids, decode
-from gateway.response_store import ResponseStore, StoredResponse
 from gateway.responses_events import ResponsesWriter
 from gateway.responses_request import (
     chat_of,
@@ -22,10 +21,11 @@ from gateway.responses_request import (
 )
 from gateway.responses_schema import DeletedResponse, ItemList, Response, ResponseFields
 from gateway.routes import Prepared, answer, encode_chat, find_model, job_of, json_answer, json_bytes, route
+from gateway.stored_responses import MAX_CHAIN, KeptResponse, StoredResponses
 from gateway.tools import check_format_beside_tools, read_tools, use_of
 
-MAX_TURNS = 1000
-"""Responses that one goes on from, each from the one before."""
+KEPT_S = 30 * 24 * 3600
+"""How long a response is kept, as OpenAI does."""
 MAX_PAGE = 100
 
 
@@ -72,7 +72,7 @@ async def retrieve(request: Request) -> ASGIApp:
     """A response that was stored."""
     if request.query_params.get("stream") in ("true", "True", "1"):
         raise InvalidRequestError("Stored responses cannot be streamed again.", param="stream")
-    return json_bytes((await _find(request)).body)
+    return json_bytes(bytes((await _find(request)).body))
 
 
 @delete("/v1/responses/{response_id:str}", status_code=200)
@@ -114,38 +114,53 @@ async def input_items(request: Request) -> ASGIApp:
 RESPONSES_ROUTES = [create, retrieve, remove, cancel, input_items]
 
 
-async def _keep(store: ResponseStore, items: list[dict[str, Any]], response: Response) -> None:
-    given = msgspec.json.encode(items)
-    await store.save(
-        StoredResponse(
-            response.id, msgspec.json.encode(response), items, len(given), response.previous_response_id
+class _Kept(msgspec.Struct, frozen=True):
+    """A response as it is stored."""
+
+    body: msgspec.Raw
+    """As it was sent."""
+    input_items: list[dict[str, Any]]
+    """Of its own request, without those of the responses before it."""
+
+
+async def _keep(store: StoredResponses, items: list[dict[str, Any]], response: Response) -> None:
+    payload = msgspec.json.encode(_Kept(msgspec.Raw(msgspec.json.encode(response)), items))
+    await store.put(
+        KeptResponse(
+            response.id,
+            payload,
+            response.created_at,
+            response.created_at + KEPT_S,
+            response.previous_response_id,
         )
     )
 
 
-async def _conversation(store: ResponseStore, response_id: str | None) -> list[dict[str, Any]]:
+async def _conversation(store: StoredResponses, response_id: str | None) -> list[dict[str, Any]]:
     """All items up to and with the response, first to last."""
-    turns: list[list[dict[str, Any]]] = []
-    while response_id is not None:
-        stored = await store.find(response_id)
-        if stored is None or len(turns) >= MAX_TURNS:
-            raise InvalidRequestError(
-                f"Previous response with id '{response_id[:80]}' not found."
-                if stored is None
-                else f"More than {MAX_TURNS} responses in a row.",
-                param="previous_response_id",
-                code="previous_response_not_found" if stored is None else None,
-            )
-        turns.append(replayed(stored.input_items, stored.body))
-        response_id = stored.previous_id
-    return [item for turn in reversed(turns) for item in turn]
+    if response_id is None:
+        return []
+    turns = await store.chain(response_id)
+    if len(turns) >= MAX_CHAIN:
+        raise InvalidRequestError(
+            f"More than {MAX_CHAIN - 1} responses in a row.", param="previous_response_id"
+        )
+    absent = turns[0].previous_id if turns else response_id
+    if absent is not None:
+        raise InvalidRequestError(
+            f"Previous response with id '{absent[:80]}' not found.",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        )
+    kept = [msgspec.json.decode(turn.payload, type=_Kept) for turn in turns]
+    return [item for turn in kept for item in replayed(turn.input_items, bytes(turn.body))]
 
 
-async def _find(request: Request) -> StoredResponse:
-    stored = await _store(request).find(_id(request))
+async def _find(request: Request) -> _Kept:
+    stored = await _store(request).get(_id(request))
     if stored is None:
         raise _unknown(_id(request))
-    return stored
+    return msgspec.json.decode(stored.payload, type=_Kept)
 
 
 def _unknown(response_id: str) -> NotFoundError:
@@ -156,7 +171,7 @@ def _id(request: Request) -> str:
     return str(request.path_params["response_id"])
 
 
-def _store(request: Request) -> ResponseStore:
+def _store(request: Request) -> StoredResponses:
     return request.app.state.responses
 
 

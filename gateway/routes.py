@@ -269,7 +269,7 @@ async def answer(request: Request, prepare: Callable[[], Awaitable[Prepared]], s
 
     async def run() -> ASGIApp:
         model, job, writer = await prepare()
-        generation = model.client.generate(job.requests)
+        generation = model.client.generate(job.requests, record.priority)
         completion = Completion(job, generation)
         streaming = False
 

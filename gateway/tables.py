@@ -42,8 +42,8 @@ class BatchStatus(StrEnum):
     CANCELLED = "cancelled"
 
 
-CANCELLABLE = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING)
-OPEN = (*CANCELLABLE, BatchStatus.CANCELLING)
+CANCELLABLE = (BatchStatus.VALIDATING.value, BatchStatus.IN_PROGRESS.value, BatchStatus.FINALIZING.value)
+OPEN = (*CANCELLABLE, BatchStatus.CANCELLING.value)
 """A gateway still has work to do for these."""
 
 

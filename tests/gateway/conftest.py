@@ -21,6 +21,7 @@ from engine.protocol import ModelFacts
 from gateway.app import create_app
 from gateway.config import GatewayConfig, ModelConfig
 from tests.gateway.fake_engine import FakeEngine
+from tests.gateway.postgres import Postgres, running_postgres
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -169,7 +170,15 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def session_gateway(background: Background, session_engine: FakeEngine, adapters: Path) -> Iterator[Gateway]:
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `gateway` keeps its database and its files."""
+    return tmp_path_factory.mktemp("stored")
+
+
+@pytest.fixture(scope="session")
+def session_gateway(
+    background: Background, session_engine: FakeEngine, adapters: Path, stored: Path
+) -> Iterator[Gateway]:
     model = ModelConfig(
         name="base",
         engine=session_engine.url,
@@ -178,12 +187,24 @@ def session_gateway(background: Background, session_engine: FakeEngine, adapters
     )
     absent = ModelConfig(name="org/absent", engine="http://127.0.0.1:1")
     config = GatewayConfig(
-        models=(model, absent), max_body_mib=1, cors_allow_origins=("https://page.example",)
+        models=(model, absent),
+        max_body_mib=1,
+        cors_allow_origins=("https://page.example",),
+        database=str(stored / "gateway.db"),
+        files=str(stored / "files"),
+        max_file_mib=3,
     )
     gateway = Gateway(background, config)
     gateway.wait_until_ready()
     yield gateway
     gateway.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A server that a test may stop and start; it runs again afterwards."""
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture

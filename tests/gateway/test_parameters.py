@@ -25,6 +25,11 @@ LEAST: dict[Body, dict[str, Any]] = {
     ResponseFields: {"model": "base", "input": "hello"},
     schema.TokenizeFields: {"prompt": "hello"},
     schema.DetokenizeFields: {"tokens": [5]},
+    schema.BatchFields: {
+        "input_file_id": "file-1",
+        "endpoint": "/v1/completions",
+        "completion_window": "24h",
+    },
     schema.LoadAdapterFields: {"lora_name": "any", "lora_path": "/any"},
     schema.UnloadAdapterFields: {"lora_name": "any"},
 }

@@ -8,7 +8,6 @@ import pytest
 from tokenizers import Tokenizer as HfTokenizer
 
 from engine.protocol import RejectCode, Rejected
-from gateway.response_store import ResponseStore, StoredResponse
 from tests.gateway.conftest import encode
 from tests.gateway.fake_engine import FakeEngine
 
@@ -166,13 +165,3 @@ def test_what_is_malformed_is_refused_with_its_parameter(
     with pytest.raises(openai.BadRequestError) as refused:
         sdk.post("/responses", cast_to=object, body={"model": "base", "input": "hi", **fields})
     assert refused.value.param == param
-
-
-async def test_the_store_forgets_what_was_not_used_for_longest() -> None:
-    store = ResponseStore(max_bytes=30)
-    for name in ("a", "b", "c"):
-        await store.save(StoredResponse(name, b"0123456789", [], 0, None))
-    assert await store.find("a")
-    await store.save(StoredResponse("d", b"0123456789", [], 0, None))
-    assert [name for name in "abcd" if await store.find(name)] == ["a", "c", "d"]
-    assert await store.delete("a") and not await store.delete("a")

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,7 @@ from gateway.errors import StorageUnavailableError
 from gateway.storage import Storage
 from gateway.stored_responses import KeptResponse, StoredResponses
 from gateway.tables import StoredFile, Table, new_id
-from tests.gateway.postgres import Postgres, running_postgres
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with running_postgres() as server:
-        yield server
+from tests.gateway.postgres import Postgres
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
