@@ -25,6 +25,8 @@ ENDPOINTS = frozenset(
         "/v1/files",
         "/v1/batches",
         "/v1/models",
+        "/generate",
+        "/generate_stream",
         "/tokenize",
         "/detokenize",
         "/v1/load_lora_adapter",

@@ -22,6 +22,7 @@ from gateway.errors import GatewayError, InternalError, envelope, error_of_http_
 from gateway.file_store import FileStore
 from gateway.files import FILE_ROUTES
 from gateway.inner_request import InnerAnswer, post_inner
+from gateway.lorax_routes import LORAX_ROUTES
 from gateway.metrics import Metrics
 from gateway.relay import RemoteModels
 from gateway.responses import RESPONSES_ROUTES
@@ -34,7 +35,15 @@ from gateway.stored_files import StoredFiles
 from gateway.stored_responses import StoredResponses
 from gateway.vllm_routes import VLLM_ROUTES
 
-HANDLERS = [*ROUTES, *RESPONSES_ROUTES, *VLLM_ROUTES, create_embeddings, *FILE_ROUTES, *BATCH_ROUTES]
+HANDLERS = [
+    *ROUTES,
+    *RESPONSES_ROUTES,
+    *VLLM_ROUTES,
+    *LORAX_ROUTES,
+    create_embeddings,
+    *FILE_ROUTES,
+    *BATCH_ROUTES,
+]
 """Of every address, whatever its origin."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)

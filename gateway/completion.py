@@ -64,6 +64,7 @@ class ScoredToken:
     top: list[tuple[str, bytes, float]]
     offset: int
     """Where it begins in the choice's text, in characters."""
+    id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,9 +325,9 @@ class _Choice:
     def _scored(self, token_id: int, score: TokenLogprobs | None, offset: int) -> ScoredToken:
         text, raw = self._token(token_id)
         if score is None:
-            return ScoredToken(text, raw, None, [], offset)
+            return ScoredToken(text, raw, None, [], offset, token_id)
         top = [(*self._token(other), max(logprob, MIN_LOGPROB)) for other, logprob in score.top]
-        return ScoredToken(text, raw, max(score.logprob, MIN_LOGPROB), top, offset)
+        return ScoredToken(text, raw, max(score.logprob, MIN_LOGPROB), top, offset, token_id)
 
     def _token(self, token_id: int) -> tuple[str, bytes]:
         raw = self._job.tokenizer.bytes_of(token_id)

@@ -107,6 +107,8 @@ ENDPOINTS = (
     Endpoint("POST /detokenize", VLLM),
     Endpoint("POST /v1/load_lora_adapter", VLLM, note="with `runtime_adapters = true`, else 404"),
     Endpoint("POST /v1/unload_lora_adapter", VLLM, note="likewise"),
+    Endpoint("POST /generate", LORAX, note="see [From LoRAX](#from-lorax)"),
+    Endpoint("POST /generate_stream", LORAX, note="likewise"),
 )
 
 PARAMETERS = (
