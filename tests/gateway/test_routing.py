@@ -55,7 +55,10 @@ def module_upstream(background: Background) -> Iterator[FakeUpstream]:
 
 @pytest.fixture(scope="module")
 def routing_gateway(
-    background: Background, session_engine: FakeEngine, module_upstream: FakeUpstream
+    background: Background,
+    session_engine: FakeEngine,
+    module_upstream: FakeUpstream,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Gateway]:
     config = config_of()
     models = (ModelConfig(name="base", engine=session_engine.url, table={"shapes": "hf://a/b"}),)
@@ -74,6 +77,7 @@ def routing_gateway(
             aliases=config.aliases,
             splits=config.splits,
             fallbacks=config.fallbacks,
+            database=str(tmp_path_factory.mktemp("routing") / "gateway.db"),
         ),
     )
     gateway.wait_until_ready()

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from langchain_openai import ChatOpenAI
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HfTokenizer
 
@@ -71,7 +72,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def module_world(background: Background) -> Iterator[World]:
+def module_world(background: Background, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(
         [AddedToken("[TOOL_CALLS]", special=True), AddedToken("<|python_tag|>", special=True)]
@@ -96,7 +97,8 @@ def module_world(background: Background) -> Iterator[World]:
         background.run(engines[name].start())
     models = tuple(ModelConfig(name=name, engine=engine.url) for name, engine in engines.items())
     told = ModelConfig(name="told", engine=engines["strange"].url, tool_format="hermes")
-    gateway = Gateway(background, GatewayConfig(models=(*models, told)))
+    database = str(tmp_path_factory.mktemp("tools") / "gateway.db")
+    gateway = Gateway(background, GatewayConfig(models=(*models, told), database=database))
     gateway.wait_until_ready()
     yield World(engines, gateway, tokenizer)
     gateway.close()
@@ -485,3 +487,14 @@ def test_responses_call_functions_and_go_on_from_their_outputs(world: World, cli
     prompt = world.prompt("hermes")
     assert prompt.count("<tool_call>") == 2 and prompt.count("<|im_start|>assistant\nLet me see.") == 1
     assert prompt.count("<|im_start|>tool\n20") == 2
+
+
+def test_langchain_calls_tools(world: World, client: openai.OpenAI) -> None:
+    world.answer("hermes", ANSWERS["hermes"])
+    settings: dict[str, Any] = {"base_url": str(client.base_url), "api_key": "none", "max_retries": 0}
+    model = ChatOpenAI(model="hermes", **settings).bind_tools([WEATHER, NOW])
+    answer: Any = model.invoke("weather in Köln, and the time")
+    assert [(call["name"], call["args"]) for call in answer.tool_calls] == [
+        ("weather", {"city": "Köln"}),
+        ("now", {}),
+    ]
