@@ -35,6 +35,11 @@ SOON_S = 0.5
 Start = Callable[..., openai.OpenAI]
 
 
+def answered(lines: list[Any]) -> list[Any]:
+    """The log lines of requests; other parts of the gateway log meanwhile."""
+    return [line for line in lines if line["event"] == "request"]
+
+
 @pytest.fixture
 def upstream(background: Background) -> Iterator[FakeUpstream]:
     upstream = FakeUpstream()
@@ -146,10 +151,10 @@ def test_a_priced_stream_is_counted_though_nobody_asked(
 ) -> None:
     with capture_logs() as lines:
         received = post(gateway, "gpt-4", stream=True)
-        wait_until(lambda: lines)
+        wait_until(lambda: answered(lines))
     assert upstream.asked[0]["stream_options"] == {"include_usage": True}
     assert b"usage" not in received.content and b"[DONE]" in received.content
-    line = next(line for line in lines if line["event"] == "request")
+    (line,) = answered(lines)
     assert (line["prompt_tokens"], line["completion_tokens"]) == (1000, 100)
     assert line["cost_usd"] == pytest.approx(0.036)
     ask(sdk, "gpt-4")
@@ -206,10 +211,10 @@ def test_a_streamed_response_is_renamed_and_counted(sdk: openai.OpenAI, upstream
     upstream.replies = [upstream.stream(response_events(whole=True))]
     with capture_logs() as lines:
         events: list[Any] = list(sdk.responses.create(model="gpt-4", input="a", stream=True))
-        wait_until(lambda: lines)
+        wait_until(lambda: answered(lines))
     assert [event.type for event in events] == ["response.created", "response.completed"]
     assert events[-1].response.model == "gpt-4"
-    assert lines[-1]["cost_usd"] == pytest.approx(0.036)
+    assert answered(lines)[-1]["cost_usd"] == pytest.approx(0.036)
 
 
 def test_a_streamed_response_that_breaks_ends_with_an_error_event(
@@ -354,9 +359,9 @@ def test_a_break_in_midstream_is_one_error_event_after_what_came(
         with pytest.raises(openai.APIError, match=words):
             for chunk in sdk.chat.completions.create(model="same", messages=MESSAGES, stream=True):
                 text += chunk.choices[0].delta.content or ""
-        wait_until(lambda: [line for line in lines if line["event"] == "request"])
+        wait_until(lambda: answered(lines))
     assert text == "the quick "
-    assert [line["error"] for line in lines if line["event"] == "request"] != [None]
+    assert [line["error"] for line in answered(lines)] != [None]
     received = post(gateway, "same", stream=True).content
     assert received.startswith(b"".join(BEGINNING))
     assert received.count(b'"error"') == 1 and b"half" not in received and received.endswith(b"\n\n")
@@ -448,8 +453,8 @@ def test_a_client_that_leaves_before_the_answer_ends_the_upstreams_connection(
         connection.close()
         wait_until(lambda: upstream.left == 1)
         assert time.monotonic() - left_at < SOON_S
-        wait_until(lambda: lines)
-    assert [line["status"] for line in lines] == [499]
+        wait_until(lambda: answered(lines))
+    assert [line["status"] for line in answered(lines)] == [499]
 
 
 def test_a_client_that_leaves_in_midstream_ends_the_upstreams_connection(
